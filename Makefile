@@ -1,0 +1,48 @@
+# Everything happens in .venv; nothing needs root or a variable of the environment.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help setup demo test test-browser format lock clean
+
+help: ## list these targets
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 22
+
+setup: $(READY) ## create .venv with the locked packages and fedflow itself
+
+# Redone only when the lock or the project's metadata changes. One line a package shows the progress.
+$(READY): requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -r requirements.lock | sed -unE 's/^Collecting ([^ ]+).*/  \1/p; s/^(Installing collected packages).*/\1/p'
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
+demo: setup ## train on handwritten digits at four sites on this machine
+	$(BIN)/fedflow run examples/digits/recipe.yaml --env poc
+
+test: setup ## style, types, then every test that needs no browser
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/pytest -m "not browser"
+
+test-browser: setup ## the tests that drive a real Chromium
+	$(BIN)/pytest -m browser
+
+format: setup ## put the code into the project's style
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+lock: setup ## pin what pyproject.toml asks for; ARGS=--upgrade moves the pins too
+	$(BIN)/uv pip compile pyproject.toml --extra all --universal --python-version 3.11 --no-annotate --quiet \
+	  --custom-compile-command "make lock" --output-file requirements.lock $(ARGS)
+
+clean: ## remove .venv, caches and build results
+	rm -rf $(VENV) dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,165 @@
+"""The contracts: what an algorithm and a schedule are. Anything that fulfils them runs in every environment.
+
+A run is Algorithm × Schedule × Workload. Nothing in the engine asks which one it runs. All three are *pure*: what an
+algorithm needs next round lives in its state S (server) or C (site), frozen dataclasses of tensor mappings and scalars,
+never in `self`, a closure or a process; the engine stores them and commits them with the round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+from pydantic import BaseModel, ConfigDict
+
+from fedflow.tensors import WeightedMean
+from fedflow.types import (
+    Aggregate,
+    FederationView,
+    Groups,
+    RoundContext,
+    RoundPlan,
+    Spec,
+    Tensors,
+    Update,
+)
+
+__all__ = ["Algorithm", "LocalResult", "NoState", "Schedule", "Training", "weighted_mean"]
+
+
+@dataclass(frozen=True)
+class NoState:
+    """The state of an algorithm that remembers nothing at its sites."""
+
+
+@dataclass(frozen=True)
+class LocalResult:
+    """What local training leaves behind.
+
+    params, frozen, buffers: the model after training, by group
+    examples: examples in the site's training data; steps: completed optimizer steps K; lr_sum: Σ lr over them
+    metrics:  numbers for people, also of evaluations before and after the training
+    """
+
+    params: Tensors
+    frozen: Tensors
+    buffers: Tensors
+    examples: int
+    steps: int
+    lr_sum: float
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    numerics: Mapping[str, Any] = field(default_factory=dict)
+
+    def update(self, ctx: RoundContext, tensors: Groups, scalars: Mapping[str, float] | None = None) -> Update:
+        """This result as the update of `ctx.site`, with `tensors` as its payload."""
+        assert ctx.site is not None
+        return Update(
+            site=ctx.site,
+            base_round=ctx.round,
+            examples=self.examples,
+            steps=self.steps,
+            lr_sum=self.lr_sum,
+            tensors=tensors,
+            scalars=scalars or {},
+            metrics=self.metrics,
+            numerics=self.numerics,
+        )
+
+
+@runtime_checkable
+class Training(Protocol):
+    """The work that training algorithms are given at a site: local training of the broadcast model."""
+
+    def train(self, broadcast: Groups, ctx: RoundContext) -> LocalResult:
+        """Train from `broadcast` (groups "params", "frozen", "buffers") as the recipe says for `ctx.site`."""
+        ...
+
+
+class Algorithm(BaseModel):
+    """The mathematics of one round. Subclasses are frozen pydantic models that hold hyperparameters only.
+
+    A subclass sets `kind: Literal["..."] = "..."`, `State`, and where its sites remember something `SiteState`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    kind: str
+    phases: ClassVar[tuple[str, ...]] = ("train",)
+    """Exchanges within a round, in order; each has its own openings, closing and commit."""
+    partitionable: ClassVar[bool] = True
+    """Whether tensor names may be aggregated in any partition (same bits for every one)."""
+    State: ClassVar[type[Any]]
+    """S: frozen dataclass of `Tensors` and JSON scalars, the server's memory."""
+    SiteState: ClassVar[type[Any]] = NoState
+    """C: the same for a site's memory."""
+
+    # -- at the server
+    def init(self, model: Groups) -> Any:
+        """S before round 0, from the initial model's groups "params", "frozen", "buffers"."""
+        raise NotImplementedError
+
+    def model(self, state: Any) -> Groups:
+        """The global model in S: what is evaluated, exported and digested."""
+        raise NotImplementedError
+
+    def broadcast(self, state: Any, phase: str) -> Groups:
+        """The part of S that sites see in `phase`; by default the model."""
+        return self.model(state)
+
+    def expects(self, state: Any, phase: str) -> Spec:
+        """Groups, names, shapes and dtypes of a valid update in `phase`."""
+        raise NotImplementedError
+
+    partial_updates: ClassVar[bool] = False
+    """Whether an update may leave out tensors that `expects` names."""
+
+    def weight(self, update: Update) -> float:
+        """The weight of `update` (its tensors may be absent). Not finite or not positive: the update is excluded."""
+        raise NotImplementedError
+
+    def measure(self, updates: Iterable[Update], ctx: RoundContext) -> Tensors:
+        """A global figure over all updates before `aggregate`, additive over buckets of names; `ctx.measured` there."""
+        return {}
+
+    def aggregate(self, updates: Iterable[Update], ctx: RoundContext) -> Aggregate:
+        """Reduce the contributors' updates, given in site order; by default the weighted mean of every group."""
+        return weighted_mean(updates, self.weight)
+
+    def server_update(self, state: Any, aggregate: Aggregate, ctx: RoundContext) -> Any:
+        """S after this phase. Called on a part of the names at a time; scalars must come out equal from every part."""
+        raise NotImplementedError
+
+    # -- at a site
+    def init_site(self, broadcast: Groups, work: Any, ctx: RoundContext) -> Any:
+        """C at first participation."""
+        return self.SiteState()
+
+    def site_update(self, broadcast: Groups, site_state: Any, work: Any, ctx: RoundContext) -> tuple[Update, Any]:
+        """The site's part of `ctx.phase`: its update, and C if that update is accepted."""
+        raise NotImplementedError
+
+
+class Schedule(BaseModel):
+    """Who takes part in a round, and how many close it. Pure in its arguments."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    kind: str
+
+    def plan(self, round: int, view: FederationView, seed: int) -> RoundPlan:
+        """The cohort of `round` among the sites that `view` shows online, and how many updates close it."""
+        raise NotImplementedError
+
+
+def weighted_mean(updates: Iterable[Update], weight: Callable[[Update], float]) -> Aggregate:
+    """The weighted mean of every group over the fixed tree of `WeightedMean`, in float64, one update in memory."""
+    means: dict[str, WeightedMean] = {}
+    total, metrics = 0.0, {}
+    for update in updates:
+        w = weight(update)
+        for group, tensors in update.tensors.items():
+            means.setdefault(group, WeightedMean()).add(tensors, w)
+        total += w
+        metrics[update.site] = dict(update.metrics)
+    return Aggregate({group: mean.means() for group, mean in means.items()}, total, len(metrics), metrics)

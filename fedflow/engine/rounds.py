@@ -1,0 +1,401 @@
+"""A run's rounds at the coordinator: start, plan, open, survey, close. Every function may run twice, in any process.
+
+The truth about a round is in the store. Whoever comes second to a create-only write adopts what is there.
+"""
+
+from __future__ import annotations
+
+import math
+import uuid
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from fedflow import __version__
+from fedflow.algorithm import Algorithm
+from fedflow.engine.aggregation import aggregate_round, commit_initial
+from fedflow.engine.updates import Checks
+from fedflow.errors import QuorumLost, RunExists, UpdateInvalid, UserError
+from fedflow.local.model import build_model, load_checkpoint, model_groups
+from fedflow.recipe import AMENDABLE, Recipe
+from fedflow.store.journal import Journal
+from fedflow.store.objects import ObjectStore
+from fedflow.store.records import (
+    Amendment,
+    Closing,
+    Contribution,
+    Manifest,
+    Opening,
+    Plan,
+    RunRecord,
+    SiteRecord,
+    TaskRecord,
+    utc_now,
+)
+from fedflow.types import FederationView, SiteId, SiteView
+
+__all__ = [
+    "Step",
+    "Survey",
+    "amend_run",
+    "close_round",
+    "commit_round",
+    "exclude",
+    "is_finished",
+    "may_close",
+    "next_step",
+    "open_round",
+    "start_run",
+    "survey",
+]
+
+
+# -- the run -----------------------------------------------------------------------------------------------------------
+def start_run(store: ObjectStore, run: str, recipe: Recipe, sites: Sequence[SiteId]) -> Journal:
+    """Begin `run`, or find it begun: its record and its initial state, committed.
+
+    Raises RunExists where the id belongs to a run with another recipe, and whatever is wrong with model and checkpoint,
+    before anything is written.
+    """
+    unknown = sorted({*recipe.overrides, *recipe.required_sites} - set(sites))
+    if unknown:
+        raise UserError(
+            f"overrides, required_sites: found sites {unknown}, expected sites among {sorted(sites)}; correct the names"
+        )
+    model = build_model(recipe.model.path, recipe.model.args, seed=recipe.seed)
+    if recipe.checkpoint is not None:
+        load_checkpoint(model, recipe.checkpoint)
+    store.probe()
+    journal = Journal(store, run)
+    wanted = RunRecord(
+        fedflow=__version__,
+        run=run,
+        nonce=uuid.uuid4().hex,
+        created=utc_now(),
+        recipe=recipe.model_dump(mode="json"),
+        sites=sorted(sites),
+    )
+    record = journal.create(wanted)
+    begun = Recipe.model_validate(record.recipe)
+    if begun.digest() != recipe.digest():
+        raise RunExists(
+            f"run: found {run!r} with another recipe ({_differences(begun, recipe)}), expected the same; choose another --run-id"
+        )
+    commit_initial(journal, recipe.algorithm, model_groups(model))
+    return journal
+
+
+def amend_run(
+    journal: Journal, recipe: Recipe | None = None, sites: Sequence[SiteId] = (), **changes: object
+) -> Recipe:
+    """Write what a resume changes into the journal. recipe: the whole recipe as it should be now; changes: single fields.
+
+    Raises RunExists where another field than those of `AMENDABLE` differs.
+    """
+    current = journal.recipe()
+    wanted = recipe or Recipe.model_validate({**current.model_dump(), **changes})
+    if wanted.digest() != current.digest():
+        raise RunExists(
+            f"run: found {journal.run!r} with another recipe ({_differences(current, wanted)}), expected no change but in "
+            f"{', '.join(sorted(AMENDABLE))}; take the others back, or start a new run"
+        )
+    before, after = current.model_dump(mode="json"), wanted.model_dump(mode="json")
+    changed = {field: after[field] for field in sorted(AMENDABLE) if before[field] != after[field]}
+    joined = sorted(set(sites) - set(journal.sites()))
+    if changed or joined:
+        number = len(journal.amendments()) + 1
+        journal.amend(Amendment(number=number, at=utc_now(), recipe=changed, sites=joined))
+    return journal.recipe()
+
+
+def _differences(old: Recipe, new: Recipe) -> str:
+    a, b = old.model_dump(mode="json"), new.model_dump(mode="json")
+    return "; ".join(f"{k}: {a[k]!r} there, {b[k]!r} here" for k in a if k not in AMENDABLE and a[k] != b[k])[:500]
+
+
+# -- where a run stands ------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Step:
+    """One phase of one round."""
+
+    round: int
+    phase: str
+
+
+def next_step(journal: Journal, recipe: Recipe) -> Step | None:
+    """The first phase that is not committed, or None where the run is finished."""
+    phases = recipe.algorithm.phases
+    head = journal.head(phases)
+    assert head is not None
+    if head.round >= 0 and head.phase != phases[-1]:
+        return Step(head.round, phases[phases.index(head.phase) + 1])
+    return None if is_finished(journal, recipe) else Step(head.round + 1, phases[0])
+
+
+def is_finished(journal: Journal, recipe: Recipe) -> bool:
+    """Whether all rounds are committed, or the early stop says so: a pure function of committed records."""
+    done = sum(phase == recipe.algorithm.phases[-1] for _, phase in journal.committed())
+    if done >= recipe.rounds:
+        return True
+    stop = recipe.early_stop
+    return (stop.patience is not None or stop.target is not None) and stops_early(key_metrics(journal, recipe), recipe)
+
+
+def key_metrics(journal: Journal, recipe: Recipe) -> list[float | None]:
+    """The key metric of every committed round: the server's evaluation, else the weighted mean of the sites'."""
+    last = recipe.algorithm.phases[-1]
+    values = []
+    for round, phase in journal.committed():
+        if phase == last:
+            evaluation, manifest = journal.evaluation(round), journal.manifest(round, phase)
+            assert manifest is not None
+            source = evaluation.metrics if evaluation else manifest.metrics
+            values.append(source.get(recipe.key_metric.name))
+    return values
+
+
+def best_round(values: Sequence[float | None], recipe: Recipe) -> int | None:
+    """The earliest round with the best key metric."""
+    sign = 1 if recipe.key_metric.mode == "max" else -1
+    known = [(sign * v, -i) for i, v in enumerate(values) if v is not None]
+    return -max(known)[1] if known else None
+
+
+def stops_early(values: Sequence[float | None], recipe: Recipe) -> bool:
+    """Whether these key metrics, one a round, end the run."""
+    stop, sign = recipe.early_stop, 1 if recipe.key_metric.mode == "max" else -1
+    best, best_at = -math.inf, -1
+    for i, value in enumerate(values):
+        if value is not None and sign * value > best + stop.min_delta:
+            best, best_at = sign * value, i
+        if stop.target is not None and value is not None and sign * value >= sign * stop.target:
+            return True
+        if stop.patience is not None and i - best_at >= stop.patience:
+            return True
+    return False
+
+
+# -- plan and opening --------------------------------------------------------------------------------------------------
+def federation_view(journal: Journal, head: Manifest, absent: Mapping[SiteId, str] | None = None) -> FederationView:
+    """What is known of every site. absent: site -> why it cannot be asked now."""
+    absent = absent or {}
+    known = {site: head.sites.get(site, SiteRecord()) for site in journal.sites()}
+    return {
+        site: SiteView(online=site not in absent, last_round=r.last_round, seconds=r.seconds, failures=r.failures)
+        for site, r in known.items()
+    }
+
+
+def open_round(
+    journal: Journal,
+    step: Step,
+    *,
+    absent: Mapping[SiteId, str] | None = None,
+    reopen: bool = False,
+    why: str = "start",
+) -> tuple[Plan, Opening]:
+    """The plan of `step`, and an opening of it: made, or found made.
+
+    absent: site -> why it cannot be asked now (used for a new plan only)
+    reopen: start a new opening with a new deadline, as a resume does; the updates that are there stay. Without it an
+            opening that is there is continued, its deadline not extended.
+    Raises QuorumLost where too few sites are there, or a required one is not.
+    """
+    recipe = journal.recipe()
+    plan = journal.plan(step.round, step.phase) or journal.put_plan(_make_plan(journal, recipe, step, absent or {}))
+    openings = journal.openings(plan)
+    if openings and not reopen:
+        return plan, openings[-1]
+    if openings and (closing := journal.closing(plan, openings[-1].number)) and closing.quorate:
+        return plan, openings[-1]  # nothing is left to collect: only to aggregate
+    deadline = utc_now() + recipe.durations.round_deadline
+    opening = Opening(number=len(openings) + 1, opened=utc_now(), deadline=deadline, why=why)
+    return plan, journal.put_opening(plan, opening)
+
+
+def _make_plan(journal: Journal, recipe: Recipe, step: Step, absent: Mapping[SiteId, str]) -> Plan:
+    algorithm: Algorithm = recipe.algorithm
+    head = journal.head(algorithm.phases)
+    assert head is not None
+    view = federation_view(journal, head, absent)
+    if step.phase == algorithm.phases[0]:
+        wanted = recipe.schedule.plan(step.round, view, recipe.seed)
+        tasks = {s: TaskRecord(steps=t.steps, overrides=dict(t.overrides)) for s, t in wanted.tasks.items()}
+        quorum = recipe.quorum if recipe.quorum is not None else wanted.quorum
+        late = wanted.late or recipe.late
+        back = wanted.accept_bases if wanted.accept_bases is not None else int(late == "carry")
+    else:
+        first = journal.plan(step.round, algorithm.phases[0])
+        assert first is not None
+        tasks = {s: t for s, t in first.tasks.items() if s in head.contributors}
+        quorum, late, back = first.quorum, first.late, 0
+    missing = sorted(set(recipe.required_sites) & absent.keys())
+    if missing:
+        raise QuorumLost(
+            f"required sites are absent: {_named(missing, absent)}; start their workers and resume",
+            run=journal.run,
+            round=step.round,
+        )
+    least = max(recipe.min_sites, min(quorum, 1))
+    if len(tasks) < least:
+        raise QuorumLost(
+            f"found {len(tasks)} sites to ask, expected at least {least} (min_sites): {_named(sorted(absent), absent)}; start their workers and resume",
+            run=journal.run,
+            round=step.round,
+        )
+    record = journal.record()
+    return Plan(
+        run=journal.run,
+        nonce=record.nonce,
+        round=step.round,
+        phase=step.phase,
+        parent=head.digest(),
+        broadcast=head.broadcast,
+        tasks={
+            s: t.model_copy(update={"state_base": head.sites.get(s, SiteRecord()).accepted}) for s, t in tasks.items()
+        },
+        absent=dict(absent),
+        quorum=quorum,
+        required=recipe.required_sites,
+        accept_bases=[r for r in range(step.round - back, step.round + 1) if r >= 0],
+        late=late,
+        amendments=len(journal.amendments()),
+        num_sites=len(journal.sites()),
+    )
+
+
+def _named(sites: Sequence[SiteId], why: Mapping[SiteId, str]) -> str:
+    return "; ".join(f"{site} ({why[site]})" for site in sites) or "none absent"
+
+
+# -- survey ------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Survey:
+    """What the sites of a plan have sent so far. rejected: site -> why its update cannot count."""
+
+    accepted: Mapping[SiteId, Contribution]
+    rejected: Mapping[SiteId, str]
+
+    def answered(self) -> set[SiteId]:
+        return {*self.accepted, *self.rejected}
+
+
+def survey(journal: Journal, plan: Plan, sites: Sequence[SiteId] | None = None, before: Survey | None = None) -> Survey:
+    """Look at the updates of `sites` (default: the plan's), header by header; what `before` has already is not read again."""
+    accepted = dict(before.accepted) if before else {}
+    rejected: dict[SiteId, str] = {}
+    checks = Checks(journal, plan)
+    for site in sorted(plan.tasks if sites is None else sites):
+        if site in accepted:
+            continue
+        verdicts = [v for key in checks.keys(site) if (v := checks.judge(site, key)) is not None]
+        good = [v for v in verdicts if isinstance(v, Contribution)]
+        if good:
+            accepted[site] = max(good, key=lambda c: (c.base_round, c.key))
+        elif verdicts:
+            rejected[site] = str(verdicts[-1])
+    if before:
+        rejected = {**{s: why for s, why in before.rejected.items() if s not in accepted}, **rejected}
+    return Survey(accepted, rejected)
+
+
+# -- closing -----------------------------------------------------------------------------------------------------------
+def may_close(
+    plan: Plan,
+    opening: Opening,
+    found: Survey,
+    *,
+    given_up: Collection[SiteId] = (),
+    quorum_since: datetime | None,
+    grace: timedelta,
+    at: datetime,
+) -> str | None:
+    """Why the round may close now, or None.
+
+    given_up: sites of which nothing more is expected; quorum_since: when the quorum was first seen
+    """
+    if {*found.answered(), *given_up} >= plan.tasks.keys():
+        return "every site answered"
+    if at >= opening.deadline:
+        return "deadline"
+    if quorum_since is not None and at >= quorum_since + grace and is_quorate(plan, found):
+        return "quorum"
+    return None
+
+
+def is_quorate(plan: Plan, found: Survey) -> bool:
+    return len(found.accepted) >= plan.quorum and all(site in found.accepted for site in plan.required)
+
+
+def close_round(
+    journal: Journal,
+    plan: Plan,
+    opening: Opening,
+    found: Survey,
+    *,
+    why: str,
+    missing: Mapping[SiteId, str] | None = None,
+) -> Closing:
+    """Freeze what counts: the opening's closing, made or found made.
+
+    missing: site -> why nothing came from it. Raises QuorumLost, after the closing is written, where the quorum is not met
+    or a required site is missing; what is there stays for another opening.
+    """
+    reasons = {
+        site: (missing or {}).get(site, "no update by the deadline")
+        for site in plan.tasks
+        if site not in found.accepted
+    }
+    closing = Closing(
+        opening=opening.number,
+        closed=utc_now(),
+        why=why,
+        quorate=is_quorate(plan, found),
+        contributors=dict(sorted(found.accepted.items())),
+        excluded={**plan.absent, **reasons, **{s: r for s, r in found.rejected.items() if s in reasons}},
+    )
+    return check_quorate(plan, journal.closing(plan, opening.number) or journal.put_closing(plan, closing))
+
+
+def check_quorate(plan: Plan, closing: Closing) -> Closing:
+    """`closing` if it can be committed; else QuorumLost saying which sites are missing and why."""
+    if closing.quorate:
+        return closing
+    missing = "; ".join(f"{site}: {why}" for site, why in sorted(closing.excluded.items()))
+    raise QuorumLost(
+        f"found {len(closing.contributors)} valid updates, expected {plan.quorum}"
+        + (f" including {', '.join(plan.required)}" if plan.required else "")
+        + f"; missing: {missing}; what was committed is kept: resume when the sites are back",
+        run=plan.run,
+        round=plan.round,
+    )
+
+
+def exclude(journal: Journal, plan: Plan, closing: Closing, site: SiteId, reason: str) -> Closing:
+    """The next revision of `closing`, without `site`; made or found made."""
+    left = {s: c for s, c in closing.contributors.items() if s != site}
+    revised = closing.model_copy(
+        update={
+            "revision": closing.revision + 1,
+            "closed": utc_now(),
+            "why": f"{site} excluded in aggregation",
+            "contributors": left,
+            "excluded": {**closing.excluded, site: reason},
+            "quorate": len(left) >= plan.quorum and all(s in left for s in plan.required),
+        }
+    )
+    return journal.put_closing(plan, revised)
+
+
+def commit_round(journal: Journal, plan: Plan, closing: Closing) -> Manifest:
+    """Aggregate and commit; updates that turn out unreadable or not finite are excluded in a new revision of the closing.
+
+    Raises QuorumLost where too few are left.
+    """
+    while True:
+        closing = check_quorate(plan, closing)
+        try:
+            return aggregate_round(journal, plan, closing)
+        except UpdateInvalid as error:
+            assert error.site is not None
+            closing = exclude(journal, plan, closing, error.site, error.reason)

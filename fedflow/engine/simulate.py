@@ -1,0 +1,107 @@
+"""The reference run: every round of a recipe in this process, without a workflow engine."""
+
+from __future__ import annotations
+
+import multiprocessing
+import traceback
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import ExitStack
+from typing import Any
+
+from torch import nn
+
+from fedflow.engine.aggregation import evaluate_round
+from fedflow.engine.rounds import amend_run, close_round, commit_round, next_step, open_round, start_run, survey
+from fedflow.engine.site import SiteWork, site_step
+from fedflow.errors import FedflowError
+from fedflow.recipe import Recipe, SiteConfig
+from fedflow.store.journal import Journal
+from fedflow.store.objects import ObjectStore
+from fedflow.store.records import Manifest, Opening, Plan
+from fedflow.types import SiteId
+
+__all__ = ["simulate"]
+
+SiteStep = Callable[[Plan, Opening, SiteId], "str | None"]
+
+
+def simulate(
+    recipe: Recipe,
+    workloads: Mapping[SiteId, Any] | Sequence[SiteId],
+    *,
+    store: str | None = None,
+    run: str | None = None,
+    state: str | None = None,
+    model: Callable[[], nn.Module] | None = None,
+    workers: int = 1,
+    order: Callable[[int, list[SiteId]], list[SiteId]] = lambda round, sites: sites,
+    on_round: Callable[[Manifest], None] = lambda manifest: None,
+) -> Journal:
+    """Run `recipe` to its end and return its journal; a run that was interrupted is continued.
+
+    workloads: site -> its workload, used in place of the recipe's; or only the sites' names
+    store:     URL of the store; default: in memory, gone with this process
+    state:     URL below which the sites' states lie; default: beside the store
+    workers:   sites trained at a time; above 1 in processes of their own, from names only
+    order:     (round, sites) -> the order in which they train; no bit depends on it
+    Raises QuorumLost where a round cannot be committed; what was committed stays, and a second call goes on from there.
+    """
+    objects = ObjectStore(store or f"memory://fedflow-{uuid.uuid4().hex}")
+    given = dict(workloads) if isinstance(workloads, Mapping) else {}
+    base = state or f"{objects.url}-states"
+    configs = {s: SiteConfig(name=s, store=objects.url, state=f"{base}/{s}") for s in workloads}
+    journal = start_run(objects, run or f"{recipe.name}-{uuid.uuid4().hex[:8]}", recipe, sorted(configs))
+    recipe = amend_run(journal, recipe, sites=sorted(configs))
+    with ExitStack() as stack:
+        pool = stack.enter_context(_pool(workers)) if workers > 1 else None
+        resumed = True
+        while step := next_step(journal, recipe):
+            plan, opening = open_round(journal, step, reopen=resumed)
+            resumed = False
+            chosen = order(plan.round, sorted(plan.tasks))
+            works = [
+                (SiteWork(plan.run, plan.round, plan.phase, opening.number), configs[s], given.get(s)) for s in chosen
+            ]
+            failures = _in_processes(pool, works) if pool else _in_turn(works, objects, model)
+            closing = close_round(
+                journal, plan, opening, survey(journal, plan), why="every site answered", missing=failures
+            )
+            manifest = commit_round(journal, plan, closing)
+            evaluate_round(journal, manifest)
+            on_round(manifest)
+    return journal
+
+
+def _in_turn(
+    works: list[tuple[SiteWork, SiteConfig, Any]], store: ObjectStore, model: Callable[[], nn.Module] | None
+) -> dict[SiteId, str]:
+    """Site -> why it failed."""
+    failures = {}
+    for work, config, workload in works:
+        if reason := _attempt(work, config, workload=workload, model=model, store=store):
+            failures[config.name] = reason
+    return failures
+
+
+def _in_processes(pool: Executor, works: list[tuple[SiteWork, SiteConfig, Any]]) -> dict[SiteId, str]:
+    futures = {config.name: pool.submit(_attempt, work, config) for work, config, _ in works}
+    return {site: reason for site, future in futures.items() if (reason := future.result())}
+
+
+def _attempt(work: SiteWork, config: SiteConfig, **given: Any) -> str | None:
+    """Why the site failed, with its traceback where fedflow did not foresee it; None if it did not."""
+    try:
+        site_step(work, config, **given)
+    except FedflowError as error:
+        return str(error)
+    except Exception:
+        return f"training failed:\n{traceback.format_exc()}"
+    return None
+
+
+def _pool(workers: int) -> ProcessPoolExecutor:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fedflow.engine"])
+    return ProcessPoolExecutor(workers, mp_context=context)

@@ -1,0 +1,274 @@
+"""A site's step: train, write the update, then its manifest. May run twice, or be killed anywhere."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fedflow import __version__
+from fedflow.algorithm import Algorithm
+from fedflow.errors import ObjectExists, ObjectMissing, OpeningClosed, SiteError, SiteStateLost
+from fedflow.local.model import build_model
+from fedflow.local.training import LocalTrainer
+from fedflow.local.workload import check_workload
+from fedflow.recipe import Recipe, SiteConfig
+from fedflow.registry import call, resolve
+from fedflow.store.journal import Journal
+from fedflow.store.objects import ObjectStore
+from fedflow.store.records import Opening, Plan, SiteStateRecord, UpdateManifest, finite, utc_now
+from fedflow.store.state import read_state, write_state
+from fedflow.store.tensors import read_tensors, write_tensors
+from fedflow.types import RoundContext, Update, derive_seed
+
+__all__ = ["SiteWork", "site_step"]
+
+Progress = Callable[[int, int | None], None]
+
+
+@dataclass(frozen=True)
+class SiteWork:
+    """One site's part in one phase, as it is sent to the site: names only, no URL and no code.
+
+    opening, attempt: which try this is; they decide no bit of the update
+    """
+
+    run: str
+    round: int
+    phase: str
+    opening: int = 1
+    attempt: int = 1
+
+
+def site_step(
+    work: SiteWork,
+    config: SiteConfig,
+    *,
+    workload: Any = None,
+    model: Callable[[], nn.Module] | None = None,
+    progress: Progress = lambda done, planned: None,
+    store: ObjectStore | None = None,
+) -> UpdateManifest:
+    """Do `work` at the site of `config`; the update is in the store when this returns.
+
+    If it is there already, nothing is trained. Killed anywhere, a second call gives the same bytes. The site's state is
+    written before the update's manifest, and under its digest, so that it counts if and only if the update does.
+
+    workload, model: used in place of what the recipe names (for simulations in one process)
+    progress: called after every optimizer step with (steps done, steps planned or None)
+    Raises OpeningClosed where the round went on meanwhile, SiteStateLost, ResolveError, and whatever the training raises.
+    """
+    root = store or ObjectStore(config.store, config.store_options)
+    journal = Journal(root, work.run)
+    recipe = journal.recipe({"allowed_imports": config.allowed_imports})
+    plan, opening = _plan_of(journal, work)
+    if config.name not in plan.tasks:
+        raise SiteError("this site is not in the round's cohort", run=work.run, round=work.round, site=config.name)
+    states = _States(ObjectStore(config.state), plan)
+    with states.lock(config.name):
+        found = _sent(journal, plan, config.name)
+        if found is not None:
+            return found
+        closes = _ClosingWatch(journal, plan, opening, recipe.durations.heartbeat)
+        closes.check()
+        started = time.monotonic()
+
+        def build() -> nn.Module:
+            return build_model(recipe.model.path, recipe.model.args, seed=recipe.seed, allowed=config.allowed_imports)
+
+        def on_step(done: int, planned: int | None) -> None:
+            progress(done, planned)
+            closes.step()
+
+        training = LocalTrainer(
+            model=model or build,
+            workload=_workload(recipe, config, journal) if workload is None else workload,
+            settings=recipe.training_at(config.name),
+            numerics=recipe.numerics,
+            on_step=on_step,
+        )
+        update, state = _run_algorithm(recipe.algorithm, root, plan, config.name, recipe.seed, states, training)
+        update = replace(update, attempt=work.attempt)
+        return _send(journal, plan, work, update, state, states, time.monotonic() - started)
+
+
+def _plan_of(journal: Journal, work: SiteWork) -> tuple[Plan, Opening]:
+    plan = journal.plan(work.round, work.phase)
+    opening = next((o for o in journal.openings(plan) if o.number == work.opening), None) if plan else None
+    if plan is None or opening is None:
+        raise SiteError(
+            f"found no plan with opening {work.opening} of phase {work.phase!r}, expected the coordinator to have written it",
+            run=work.run,
+            round=work.round,
+        )
+    return plan, opening
+
+
+def _workload(recipe: Recipe, config: SiteConfig, journal: Journal) -> Any:
+    """The workload that the recipe names, as this site resolves it."""
+    found = resolve(
+        "workloads", recipe.workload.path, field="workload", aliases=config.workloads, allowed=config.allowed_imports
+    )
+    args = {**recipe.workload_args_at(config.name), **config.workload_args}
+    return check_workload(call(found, args, field="workload.args", site=config.name, sites=journal.sites()), "workload")
+
+
+def _sent(journal: Journal, plan: Plan, site: str) -> UpdateManifest | None:
+    """This site's update for this plan, if it was sent before."""
+    for key in journal.store.list(journal.inbox(site, plan.round, plan.phase)):
+        if key.endswith(".json"):
+            with contextlib.suppress(ValueError, ObjectMissing):
+                manifest = UpdateManifest.from_bytes(journal.store.get(key))
+                if manifest.plan == plan.digest():
+                    return manifest
+    return None
+
+
+def _run_algorithm(
+    algorithm: Algorithm, root: ObjectStore, plan: Plan, site: str, seed: int, states: _States, training: Any
+) -> tuple[Update, Any]:
+    task = plan.tasks[site]
+    steps = {} if task.steps is None else {"steps": task.steps}
+    context = RoundContext(
+        run=plan.run,
+        round=plan.round,
+        phase=plan.phase,
+        site=site,
+        num_sites=plan.num_sites,
+        seed=derive_seed(seed, plan.round, plan.phase, site),
+        overrides={**task.overrides, **steps},
+    )
+    broadcast = {group: read_tensors(root, ref) for group, ref in plan.broadcast.items()}
+    before = states.read(algorithm, task.state_base, site)
+    state = algorithm.init_site(broadcast, training, context) if before is None else before
+    update, after = algorithm.site_update(broadcast, state, training, context)
+    return replace(update, state_base=task.state_base), after
+
+
+def _send(
+    journal: Journal, plan: Plan, work: SiteWork, update: Update, state: Any, states: _States, seconds: float
+) -> UpdateManifest:
+    """Objects, site state, manifest: in this order."""
+    prefix = journal.inbox(update.site, plan.round, plan.phase)
+    record = write_state(states.store, f"{states.prefix}/objects", state)
+    keeps = bool(record.tensors or record.scalars)
+    manifest = UpdateManifest(
+        run=plan.run,
+        nonce=plan.nonce,
+        site=update.site,
+        round=plan.round,
+        phase=plan.phase,
+        plan=plan.digest(),
+        state_base=update.state_base,
+        examples=update.examples,
+        steps=update.steps,
+        lr_sum=update.lr_sum,
+        groups={group: write_tensors(journal.store, prefix, tensors) for group, tensors in update.tensors.items()},
+        scalars=dict(update.scalars),
+        metrics=finite(update.metrics),
+        state=record.digest() if keeps else None,
+        opening=work.opening,
+        attempt=work.attempt,
+        seconds=seconds,
+        peak_rss=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        numerics=dict(update.numerics),
+        fedflow=__version__,
+    )
+    digest = manifest.update_digest()
+    if keeps:
+        states.write(SiteStateRecord(update=digest, round=plan.round, phase=plan.phase, state=record))
+    with contextlib.suppress(ObjectExists):  # a zombie of this very attempt was quicker: its bytes are the same
+        journal.store.put(f"{prefix}/{digest.partition(':')[2]}.json", manifest.to_bytes())
+    states.prune()
+    return manifest
+
+
+class _States:
+    """The site's own states of a run, by the digest of the update that they go with."""
+
+    def __init__(self, store: ObjectStore, plan: Plan) -> None:
+        self.store, self.plan = store, plan
+        self.prefix = f"{plan.run}-{plan.nonce[:12]}"
+
+    def read(self, algorithm: Algorithm, base: str | None, site: str) -> Any:
+        """The state that goes with the accepted update `base`; None where there was none, or the algorithm keeps none."""
+        if base is None or not algorithm.SiteState.__dataclass_fields__:
+            return None
+        try:
+            record = SiteStateRecord.from_bytes(self.store.get(self._key(base)))
+        except (ObjectMissing, ValueError) as error:
+            raise SiteStateLost(
+                f"site state lost: found none for update {base} in {self.store.url}, expected the one written with it; restore it from a copy",
+                run=self.plan.run,
+                round=self.plan.round,
+                site=site,
+            ) from error
+        return read_state(self.store, algorithm.SiteState, record.state)
+
+    def write(self, record: SiteStateRecord) -> None:
+        with contextlib.suppress(ObjectExists):
+            self.store.put(self._key(record.update), record.to_bytes())
+
+    def prune(self) -> None:
+        """Delete states that the plan has made old: of earlier rounds than the one whose update it names."""
+        named = {task.state_base for task in self.plan.tasks.values()}
+        records = {}
+        for key in self.store.list(f"{self.prefix}/state"):
+            with contextlib.suppress(ValueError, ObjectMissing):
+                records[key] = SiteStateRecord.from_bytes(self.store.get(key))
+        oldest = min((r.round for r in records.values() if r.update in named), default=None)
+        if oldest is None:
+            return
+        kept = {key: r for key, r in records.items() if r.round >= oldest}
+        objects = {ref.key for r in kept.values() for ref in r.state.tensors.values()}
+        for key, record in records.items():
+            if key not in kept:
+                self.store.delete(key)
+                for ref in record.state.tensors.values():
+                    if ref.key not in objects:
+                        self.store.delete(ref.key)
+
+    def _key(self, update: str) -> str:
+        return f"{self.prefix}/state/{update.partition(':')[2]}.json"
+
+    @contextlib.contextmanager
+    def lock(self, site: str) -> Iterator[None]:
+        """One trainer a (run, site): a second one on this machine waits; a killed one's lock is free at once."""
+        name = hashlib.blake2b(f"{self.store.url} {self.prefix} {site}".encode(), digest_size=12).hexdigest()
+        with (Path(tempfile.gettempdir()) / f"fedflow-{name}.lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
+@dataclass
+class _ClosingWatch:
+    """Looks every `every` seconds whether the opening closed or its deadline passed, and then stops the training."""
+
+    journal: Journal
+    plan: Plan
+    opening: Opening
+    every: timedelta | None
+    looked: float = field(default_factory=time.monotonic)
+
+    def step(self) -> None:
+        assert self.every is not None  # durations are resolved
+        if time.monotonic() - self.looked >= self.every.total_seconds():
+            self.looked = time.monotonic()
+            self.check()
+
+    def check(self, at: datetime | None = None) -> None:
+        place = {"run": self.plan.run, "round": self.plan.round}
+        if (at or utc_now()) >= self.opening.deadline:
+            raise OpeningClosed(f"the deadline of opening {self.opening.number} passed", **place)  # type: ignore[arg-type]
+        if self.journal.is_closed(self.plan, self.opening.number):
+            raise OpeningClosed(f"opening {self.opening.number} was closed without this site", **place)  # type: ignore[arg-type]

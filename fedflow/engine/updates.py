@@ -1,0 +1,200 @@
+"""Updates at the coordinator: what makes one valid, and how one is read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedflow.errors import ObjectCorrupt, ObjectMissing, UpdateInvalid
+from fedflow.store.journal import Journal, first_problem
+from fedflow.store.objects import ObjectRef
+from fedflow.store.records import Contribution, ContributorSummary, Plan, UpdateManifest
+from fedflow.store.state import read_state
+from fedflow.store.tensors import read_spec, read_tensors
+from fedflow.tensors import cast, non_finite
+from fedflow.types import Groups, SiteId, Spec, Update
+
+__all__ = ["Checks", "Contributor", "as_update"]
+
+
+def as_update(manifest: UpdateManifest, tensors: Groups) -> Update:
+    """A site's manifest as the algorithm sees it, with `tensors`."""
+    return Update(
+        site=manifest.site,
+        base_round=manifest.round,
+        examples=manifest.examples,
+        steps=manifest.steps,
+        lr_sum=manifest.lr_sum,
+        tensors=tensors,
+        attempt=manifest.attempt,
+        state_base=manifest.state_base,
+        scalars=manifest.scalars,
+        metrics={name: v for name, v in manifest.metrics.items() if v is not None},
+        numerics=manifest.numerics,
+    )
+
+
+class Checks:
+    """What makes an update of a plan valid, from its header: run, plan, base, state, weight, names, shapes, dtypes."""
+
+    def __init__(self, journal: Journal, plan: Plan) -> None:
+        self.journal, self.plan = journal, plan
+        self.recipe = journal.recipe()
+        self._spec: Spec | None = None
+
+    def keys(self, site: SiteId) -> list[str]:
+        """Manifests of `site` that could count, oldest base first."""
+        found = []
+        for base in sorted(self.plan.accept_bases):
+            found += [
+                k
+                for k in self.journal.store.list(self.journal.inbox(site, base, self.plan.phase))
+                if k.endswith(".json")
+            ]
+        return found
+
+    @property
+    def spec(self) -> Spec:
+        if self._spec is None:
+            algorithm = self.recipe.algorithm
+            head = self.journal.head(algorithm.phases)
+            assert head is not None
+            state = read_state(self.journal.store, algorithm.State, head.state)
+            self._spec = algorithm.expects(state, self.plan.phase)
+        return self._spec
+
+    def judge(self, site: SiteId, key: str) -> Contribution | str | None:
+        """A contribution, or the reason why not; None for an update that counted in an earlier round."""
+        try:
+            update = UpdateManifest.from_bytes(self.journal.store.get(key))
+            if update.update_digest() == self.plan.tasks[site].state_base:
+                return None
+            self._check_header(site, key, update)
+            self._check_weight(update)
+            self._check_tensors(key, update)
+        except ValueError as error:
+            return f"unreadable manifest: {first_problem(error)}"
+        except (UpdateInvalid, ObjectCorrupt) as error:
+            return str(error)
+        return Contribution(key=key, update=update.update_digest(), base_round=update.round)
+
+    def _check_header(self, site: SiteId, key: str, update: UpdateManifest) -> None:
+        plan = self.plan
+        base = plan if update.round == plan.round else self.journal.plan(update.round, update.phase)
+        expected = {"run": plan.run, "nonce": plan.nonce, "site": site, "phase": plan.phase}
+        for field, value in expected.items():
+            if getattr(update, field) != value:
+                raise UpdateInvalid(f"{field}: found {getattr(update, field)!r}, expected {value!r}")
+        if update.round not in plan.accept_bases or base is None or f"/{update.round:05d}/" not in key:
+            raise UpdateInvalid(f"base round: found {update.round}, expected one of {plan.accept_bases}")
+        if update.plan != base.digest():
+            raise UpdateInvalid(f"plan: found {update.plan}, expected {base.digest()}")
+        if update.state_base != plan.tasks[site].state_base:
+            raise UpdateInvalid(f"stale state: found {update.state_base}, expected {plan.tasks[site].state_base}")
+        if update.update_digest().partition(":")[2] not in key:
+            raise UpdateInvalid(f"digest: found {update.update_digest()}, expected the one that names {key}")
+
+    def _check_weight(self, update: UpdateManifest) -> None:
+        weight = self.recipe.algorithm.weight(as_update(update, {}))
+        if isinstance(weight, bool) or not math.isfinite(weight) or weight <= 0:
+            raise UpdateInvalid(
+                f"weight: found {weight!r} (examples {update.examples}, steps {update.steps}), expected a finite number above 0"
+            )
+
+    def _check_tensors(self, key: str, update: UpdateManifest) -> None:
+        own = f"sites/{update.site}/{self.plan.run}/"
+        if set(update.groups) != set(self.spec):
+            raise UpdateInvalid(f"groups: found {sorted(update.groups)}, expected {sorted(self.spec)}")
+        for group, ref in update.groups.items():
+            if not ref.key.startswith(own):
+                raise UpdateInvalid(f"{group}: found an object outside {own}: {ref.key}")
+            found, expected = read_spec(self.journal.store, ref), self.spec[group]
+            missing = [] if self.recipe.algorithm.partial_updates else sorted(expected.keys() - found.keys())
+            extra = sorted(found.keys() - expected.keys())
+            if missing or extra:
+                raise UpdateInvalid(f"names in {group}: missing {missing[:5]}, unexpected {extra[:5]}")
+            for name, spec in found.items():
+                if spec != expected[name]:
+                    raise UpdateInvalid(f"{group}/{name}: found {spec}, expected {expected[name]}")
+
+
+@dataclass(frozen=True)
+class Contributor:
+    """One update that counts, read a bucket at a time, every byte verified."""
+
+    journal: Journal
+    plan: Plan
+    contribution: Contribution
+
+    @cached_property
+    def manifest(self) -> UpdateManifest:
+        try:
+            manifest = UpdateManifest.from_bytes(self.journal.store.get(self.contribution.key))
+        except (ValueError, ObjectMissing) as error:
+            raise self._invalid(f"{self.contribution.key}: {error}") from error
+        if manifest.update_digest() != self.contribution.update:
+            raise self._invalid(
+                f"{self.contribution.key}: found {manifest.update_digest()}, expected {self.contribution.update}"
+            )
+        return manifest
+
+    @cached_property
+    def names(self) -> set[str]:
+        return {name for ref in self.manifest.groups.values() for name in self._verified(read_spec, ref)}
+
+    def load(self, names: Iterable[str]) -> Update:
+        """The update with those tensors; one that started from an older round is moved to this round's broadcast."""
+        groups = {g: self._verified(read_tensors, ref, names) for g, ref in self.manifest.groups.items()}
+        if bad := non_finite(groups):
+            raise self._invalid(f"not finite: {bad}")
+        if self.contribution.base_round != self.plan.round:
+            groups = self._rebased(groups, names)
+        return as_update(self.manifest, groups)
+
+    def _rebased(self, groups: Groups, names: Iterable[str]) -> dict[str, dict[str, Tensor]]:
+        """y + (x_now − x_then) for groups that are positions, that is in the broadcast; differences stay as they are."""
+        base = self.journal.plan(self.contribution.base_round, self.plan.phase)
+        assert base is not None
+        moved = {}
+        for group, tensors in groups.items():
+            moved[group] = dict(tensors)
+            if group in base.broadcast:
+                then = read_tensors(self.journal.store, base.broadcast[group], names)
+                now = read_tensors(self.journal.store, self.plan.broadcast[group], names)
+                for name, y in tensors.items():
+                    if y.dtype != torch.bool:
+                        moved[group][name] = cast(y.double() + (now[name].double() - then[name].double()), y.dtype)
+        return moved
+
+    def _verified(self, read: Any, ref: ObjectRef, *args: Any) -> Any:
+        try:
+            return read(self.journal.store, ref, *args)
+        except (ObjectCorrupt, ObjectMissing) as error:
+            raise self._invalid(str(error)) from error
+
+    def _invalid(self, reason: str) -> UpdateInvalid:
+        site = self.contribution.key.split("/")[1]
+        return UpdateInvalid(reason, run=self.plan.run, round=self.plan.round, site=site)
+
+    def summary(self, weight: float) -> ContributorSummary:
+        m = self.manifest
+        return ContributorSummary(
+            update=self.contribution.update,
+            base_round=m.round,
+            weight=weight,
+            examples=m.examples,
+            steps=m.steps,
+            lr_sum=m.lr_sum,
+            metrics=m.metrics,
+            seconds=m.seconds,
+            bytes=sum(ref.size for ref in m.groups.values()),
+            peak_rss=m.peak_rss,
+            attempt=m.attempt,
+            numerics=m.numerics,
+        )

@@ -1,0 +1,162 @@
+"""The tree of errors.
+
+    FedflowError
+    ├── UserError                  the user can put it right: exit code 2 and one line, never a traceback
+    │   ├── RecipeError            a field of the recipe or of the federation file
+    │   ├── ResolveError           a name that leads to no algorithm, workload or model
+    │   ├── CheckpointError        an initial checkpoint that does not fit the model
+    │   ├── RunExists, RunMissing  a run id that is taken by another recipe, or that nobody knows
+    │   └── UnreachableError       a server, a pool, a worker that is not there
+    ├── RoundError                 a round that cannot be committed now; what is committed stays, the run can be resumed
+    │   ├── QuorumLost             fewer valid updates than the quorum at the deadline
+    │   └── RoundAborted           a person stopped it
+    ├── SiteError                  something at one site; the round decides what it means
+    │   ├── UpdateInvalid          an update that does not count, with the reason
+    │   ├── SiteStateLost          the state that the plan names is not at the site
+    │   └── OpeningClosed          the round went on without this site
+    └── StoreError                 the object store
+        ├── ObjectExists           a create-only write met an object
+        ├── ObjectMissing, ObjectCorrupt
+        ├── StoreUnavailable       transient: may heal, worth a retry
+        ├── StoreUnwritable        read-only, out of space, no permission
+        └── KeyEscapesRoot         a key that leads out of its root
+
+Every error's text says what was found, what was expected and what to do next.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "CheckpointError",
+    "FedflowError",
+    "KeyEscapesRoot",
+    "ObjectCorrupt",
+    "ObjectExists",
+    "ObjectMissing",
+    "OpeningClosed",
+    "QuorumLost",
+    "RecipeError",
+    "ResolveError",
+    "RoundAborted",
+    "RoundError",
+    "RunExists",
+    "RunMissing",
+    "SiteError",
+    "SiteStateLost",
+    "StoreError",
+    "StoreUnavailable",
+    "StoreUnwritable",
+    "UnreachableError",
+    "UpdateInvalid",
+    "UserError",
+    "field_error",
+]
+
+
+class FedflowError(Exception):
+    """Base of every error that fedflow raises on purpose."""
+
+    def __init__(
+        self, message: str, *, run: str | None = None, round: int | None = None, site: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.reason = message
+        self.run, self.round, self.site = run, round, site
+
+    def __str__(self) -> str:
+        place = ", ".join(
+            f"{name} {value}"
+            for name, value in (("run", self.run), ("round", self.round), ("site", self.site))
+            if value is not None
+        )
+        text = super().__str__()
+        return f"{place}: {text}" if place else text
+
+
+class UserError(FedflowError):
+    """Something that the user can put right: shown as one line, exit code 2."""
+
+
+class RecipeError(UserError):
+    """A field of the recipe, of the federation file or of a site's configuration."""
+
+
+class ResolveError(UserError):
+    """A name in the recipe that leads to nothing here."""
+
+
+class CheckpointError(UserError):
+    """An initial checkpoint that cannot be read or does not fit the model."""
+
+
+class RunExists(UserError):
+    """The run id is taken by a run with another recipe."""
+
+
+class RunMissing(UserError):
+    """No run of that id in this store."""
+
+
+class UnreachableError(UserError):
+    """A server, work pool, worker or store that does not answer."""
+
+
+class RoundError(FedflowError):
+    """The round cannot be committed now. What is committed stays; the run can be resumed."""
+
+
+class QuorumLost(RoundError):
+    """Fewer valid updates than the quorum when the round closed."""
+
+
+class RoundAborted(RoundError):
+    """A person stopped the run."""
+
+
+class SiteError(FedflowError):
+    """Something at one site; the round's rules (retry, exclude, quorum) decide what it means."""
+
+
+class UpdateInvalid(SiteError):
+    """An update that does not count; the text is the reason that manifest and UI show."""
+
+
+class SiteStateLost(SiteError):
+    """The site does not have the state that the plan names."""
+
+
+class OpeningClosed(SiteError):
+    """The round closed, or its deadline passed, while this site was still training."""
+
+
+class StoreError(FedflowError):
+    """The object store."""
+
+
+class ObjectExists(StoreError):
+    """A create-only write met an object that is there already; that object is unchanged."""
+
+
+class ObjectMissing(StoreError):
+    """No object under that key."""
+
+
+class ObjectCorrupt(StoreError):
+    """An object whose size or digest differs from what its reference says."""
+
+
+class StoreUnavailable(StoreError):
+    """The store does not answer just now; a retry may help."""
+
+
+class StoreUnwritable(StoreError):
+    """The store refuses the write: read-only, out of space, no permission."""
+
+
+class KeyEscapesRoot(StoreError):
+    """A key that is absolute, has a scheme, or leads out of its root."""
+
+
+def field_error(field: str, found: object, expected: str, fix: str) -> str:
+    """The one form of a user's mistake: which field, what was found, what was expected, what to do."""
+    return f"{field}: found {found!r}, expected {expected}; {fix}"

@@ -1,0 +1,115 @@
+"""A torch module as named groups of tensors, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from fedflow.errors import CheckpointError, ResolveError, field_error
+from fedflow.registry import call, resolve
+from fedflow.types import Groups, TensorSpec, derive_seed
+
+__all__ = ["build_model", "load_checkpoint", "load_groups", "model_groups"]
+
+
+def build_model(path: str, args: Mapping[str, Any], *, seed: int = 0, **resolution: Any) -> nn.Module:
+    """The module that `path` makes of `args`, initialised from `seed`; the global generator is left as it was.
+
+    Raises ResolveError where the name leads to nothing, the arguments do not fit, or no `nn.Module` comes out.
+    """
+    factory = resolve("models", path, field="model", **resolution)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed("model", seed))
+        model = call(factory, args, field="model.args")
+    if not isinstance(model, nn.Module):
+        raise ResolveError(
+            field_error("model", type(model).__name__, "a torch.nn.Module", "return one from the factory")
+        )
+    return model
+
+
+def model_groups(model: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """The model's tensors (not copied) as "params" (trainable), "frozen" (requires_grad False) and "buffers" (persistent).
+
+    A tied tensor appears once, under its first name in `named_parameters()`.
+    """
+    groups: dict[str, dict[str, Tensor]] = {"params": {}, "frozen": {}, "buffers": {}}
+    for name, parameter in model.named_parameters():
+        groups["params" if parameter.requires_grad else "frozen"][name] = parameter.detach()
+    persistent = model.state_dict().keys()
+    for name, buffer in model.named_buffers():
+        if name in persistent:
+            groups["buffers"][name] = buffer.detach()
+    return groups
+
+
+def load_groups(model: nn.Module, groups: Groups) -> None:
+    """Copy `groups` into the model. Raises CheckpointError listing every name or shape that does not fit; then the model
+    is unchanged."""
+    own = {name: tensor for tensors in model_groups(model).values() for name, tensor in tensors.items()}
+    given = {name: tensor for tensors in groups.values() for name, tensor in tensors.items()}
+    problems = mismatches(own, given)
+    if problems:
+        raise CheckpointError(
+            f"the tensors do not fit the model: {'; '.join(problems)}; give a checkpoint of this model"
+        )
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(given[name])
+
+
+def mismatches(own: Mapping[str, Tensor], given: Mapping[str, Tensor], most: int = 8) -> list[str]:
+    """Differences in names, shapes and dtypes, at most `most` of them spelled out."""
+    found = [f"{name} is missing" for name in own if name not in given]
+    found += [f"{name} is not in the model" for name in given if name not in own]
+    for name in own.keys() & given.keys():
+        ours, theirs = (TensorSpec(tuple(t[name].shape), t[name].dtype) for t in (own, given))
+        if ours != theirs:
+            found.append(f"{name} is {theirs}, the model has {ours}")
+    found.sort()
+    return found if len(found) <= most else [*found[:most], f"and {len(found) - most} more"]
+
+
+def load_checkpoint(model: nn.Module, source: str) -> None:
+    """Initialise `model` from a safetensors file or from a PyTorch file that holds tensors only.
+
+    Raises CheckpointError where the file cannot be read safely or does not fit; names and shapes are listed.
+    """
+    path = Path(source)
+    if not path.is_file():
+        raise CheckpointError(field_error("checkpoint", source, "a readable file", "check the path"))
+    try:
+        tensors = load_file(path) if path.suffix == ".safetensors" else _load_torch(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            field_error("checkpoint", source, "a safetensors file", f"write it anew: {error}")
+        ) from error
+    aliases = {n: p for n, p in model.named_parameters(remove_duplicate=False)}
+    first = {id(p): n for n, p in model.named_parameters()}
+    untied = {n: t for n, t in tensors.items() if n not in aliases or first[id(aliases[n])] == n}
+    try:
+        load_groups(model, {"checkpoint": untied})
+    except CheckpointError as error:
+        raise CheckpointError(f"checkpoint {source}: {error}") from error
+
+
+def _load_torch(path: Path) -> dict[str, Tensor]:
+    fix = "save the model's state_dict(), or convert it to safetensors"
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).split("\n", maxsplit=1)[0][:200]
+        raise CheckpointError(
+            field_error("checkpoint", str(path), "a file that loads with weights_only=True", f"{fix}: {reason}")
+        ) from error
+    if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
+        loaded = loaded["state_dict"]
+    if not isinstance(loaded, dict) or not all(isinstance(t, Tensor) for t in loaded.values()):
+        raise CheckpointError(field_error("checkpoint", str(path), "a mapping of names to tensors", fix))
+    return loaded

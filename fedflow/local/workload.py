@@ -1,0 +1,102 @@
+"""What a data owner supplies: the data, and what the model is to do with it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedflow.errors import ResolveError, field_error
+
+__all__ = ["TensorWorkload", "TorchWorkload", "check_evaluator", "check_workload"]
+
+
+class TorchWorkload(ABC):
+    """Model-agnostic data and loss of one site.
+
+    A recipe names a subclass (or a factory) by import path; it is built at the site with the recipe's arguments, and with
+    `site` (this site's name) and `sites` (all names, sorted) where its signature asks for them.
+    """
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Examples in the training data: the FedAvg weight."""
+
+    @abstractmethod
+    def batches(self, batch_size: int, generator: torch.Generator) -> Iterable[Any]:
+        """One epoch of batches, shuffled by `generator` and by nothing else."""
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """The mean loss of one batch: a scalar that can be differentiated."""
+
+    def evaluate(self, model: nn.Module) -> Mapping[str, float]:
+        """Metrics of `model` (in eval mode, no gradients) on this site's evaluation data; none by default."""
+        return {}
+
+
+class TensorWorkload(TorchWorkload):
+    """A workload whose data fit in memory: `inputs` and `targets` with one row an example.
+
+    loss: (model output, targets) -> scalar; default cross entropy
+    held_out: (inputs, targets) for `evaluate`, which reports loss and accuracy; default none
+    """
+
+    def __init__(
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        *,
+        loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy,
+        held_out: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        if len(inputs) != len(targets):
+            raise ValueError(
+                f"inputs and targets: found {len(inputs)} and {len(targets)} rows, expected as many of each"
+            )
+        self.inputs, self.targets, self._loss, self.held_out = inputs, targets, loss, held_out
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def batches(self, batch_size: int, generator: torch.Generator) -> Iterable[tuple[Tensor, Tensor]]:
+        for rows in torch.split(torch.randperm(len(self.inputs), generator=generator), batch_size):
+            yield self.inputs[rows], self.targets[rows]
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        inputs, targets = batch
+        return self._loss(model(inputs), targets)
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        if self.held_out is None:
+            return {}
+        inputs, targets = self.held_out
+        output = model(inputs)
+        return {
+            "loss": float(self._loss(output, targets)),
+            "accuracy": float((output.argmax(dim=1) == targets).float().mean()),
+        }
+
+
+def check_workload(found: Any, field: str) -> Any:
+    """`found` if it can be trained on, else ResolveError."""
+    return _check(found, field, ("__len__", "batches", "loss"))
+
+
+def check_evaluator(found: Any, field: str) -> Any:
+    """`found` if it can evaluate a model, else ResolveError."""
+    return _check(found, field, ("evaluate",))
+
+
+def _check(found: Any, field: str, methods: tuple[str, ...]) -> Any:
+    missing = [name for name in methods if not callable(getattr(found, name, None))]
+    if missing:
+        raise ResolveError(
+            field_error(
+                field, type(found).__name__, f"an object with {', '.join(methods)}", f"add {', '.join(missing)}"
+            )
+        )
+    return found

@@ -1,0 +1,597 @@
+"""The recipe: everything a user says about a run, as one value. The same from Python, YAML, JSON and the UI's form."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from datetime import timedelta
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+
+import yaml
+from blake3 import blake3
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    JsonValue,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError, core_schema
+
+from fedflow import algorithms, schedules
+from fedflow.algorithm import Algorithm, Schedule
+from fedflow.errors import RecipeError, ResolveError, UserError, field_error
+from fedflow.registry import entry_point_names, load_entry_point, resolve
+from fedflow.types import SiteId, canonical_json
+
+__all__ = [
+    "AMENDABLE",
+    "EarlyStop",
+    "Federation",
+    "FederationSite",
+    "ImportRef",
+    "KeyMetric",
+    "LocalTraining",
+    "Numerics",
+    "Optimizer",
+    "Recipe",
+    "SiteConfig",
+    "SiteOverrides",
+    "Timeouts",
+    "explain",
+    "read_model",
+]
+
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
+Name = Annotated[str, Field(pattern=NAME)]
+"""Letters, digits, dot, dash, underscore; at most 63; it becomes part of keys, pools and deployments."""
+
+MAX_BACKOFF = timedelta(seconds=60)
+"""The longest pause between two attempts of a site."""
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+# -- durations ---------------------------------------------------------------------------------------------------------
+_UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def _parse_duration(value: Any) -> Any:
+    """Seconds, an ISO 8601 duration, or "1h30m", "90s", "500ms"."""
+    if isinstance(value, bool):
+        raise ValueError('a duration is seconds, "90s", "1h30m" or ISO 8601')
+    if isinstance(value, str) and (parts := re.fullmatch(r"\s*((?:\d+(?:\.\d+)?\s*(?:ms|s|m|h|d)\s*)+)", value)):
+        found = re.findall(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)", parts[1])
+        return timedelta(seconds=sum(float(n) * _UNITS[u] for n, u in found))
+    return value
+
+
+Duration = Annotated[timedelta, BeforeValidator(_parse_duration), Field(gt=timedelta(0))]
+
+
+# -- algorithms and schedules by kind ----------------------------------------------------------------------------------
+class _ByKind:
+    """A field that holds an algorithm or a schedule: `{"kind": name, hyperparameters...}`.
+
+    The name is a built-in, an entry point of an installed package, or an import path allowed by the validation context
+    (`context={"allowed_imports": [...]}`; without it any).
+    """
+
+    def __init__(self, base: type[Algorithm] | type[Schedule], group: str, module: Any) -> None:
+        self.base, self.group = base, group
+        self.builtin: dict[str, Any] = {
+            cls.model_fields["kind"].default: cls for cls in (getattr(module, name) for name in module.__all__)
+        }
+
+    def find(self, kind: str, info: ValidationInfo | None = None) -> Any:
+        if kind in self.builtin:
+            return self.builtin[kind]
+        if ":" not in kind:
+            found = load_entry_point(self.group, kind)
+            if found is None:
+                known = sorted({*self.builtin, *entry_point_names(self.group)})
+                raise ResolveError(
+                    field_error("kind", kind, f"one of {known} or an import path 'module:Class'", "correct the name")
+                )
+        else:
+            allowed = (info.context or {}).get("allowed_imports") if info else None
+            found = resolve(self.group, kind, field="kind", allowed=allowed)
+        if not (isinstance(found, type) and issubclass(found, self.base)):
+            raise ResolveError(field_error("kind", kind, f"a subclass of {self.base.__name__}", "correct the name"))
+        return found
+
+    def name_of(self, value: Any) -> str:
+        kind = str(value.kind)
+        if self.builtin.get(kind) is type(value) or (kind in entry_point_names(self.group)):
+            return kind
+        return f"{type(value).__module__}:{type(value).__qualname__}"
+
+    def parse(self, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, self.base):
+            return value
+        if isinstance(value, str):
+            value = {"kind": value}
+        if not isinstance(value, Mapping) or not isinstance(value.get("kind"), str):
+            raise PydanticCustomError(
+                "kind", "expected a mapping with a 'kind', one of {kinds}", {"kinds": sorted(self.builtin)}
+            )
+        try:
+            cls = self.find(value["kind"], info)
+        except UserError as error:
+            raise PydanticCustomError("resolve", "{why}", {"why": str(error)}) from error
+        fields = {k: v for k, v in value.items() if k != "kind"}
+        return cls.model_validate(fields, context=info.context)
+
+    def dump(self, value: Any) -> dict[str, Any]:
+        return {**value.model_dump(mode="json"), "kind": self.name_of(value)}
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return core_schema.with_info_plain_validator_function(
+            self.parse, serialization=core_schema.plain_serializer_function_ser_schema(self.dump)
+        )
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"oneOf": [self._form(kind) for kind in self._kinds()], "title": self.base.__name__}
+
+    def _kinds(self) -> list[str]:
+        return sorted({*self.builtin, *entry_point_names(self.group)})
+
+    def _form(self, kind: str) -> dict[str, Any]:
+        """The JSON schema of one kind. `kind` is required with a one-value enum: a form needs it to tell them apart."""
+        form: dict[str, Any] = self.find(kind).model_json_schema()
+        form["properties"]["kind"] = {"type": "string", "enum": [kind], "title": "Kind"}
+        form["required"] = ["kind", *(name for name in form.get("required", []) if name != "kind")]
+        return form
+
+
+_algorithms = _ByKind(Algorithm, "algorithms", algorithms)
+_schedules = _ByKind(Schedule, "schedules", schedules)
+
+
+# -- parts -------------------------------------------------------------------------------------------------------------
+class ImportRef(_Model):
+    """Something found by name where it is needed: a model, a workload. A bare string is the path without arguments."""
+
+    path: Annotated[str, Field(min_length=1)]
+    """"package.module:attribute", or a short name that the site or an installed package defines."""
+    args: dict[str, JsonValue] = {}
+    """Keyword arguments."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_string(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+
+class Optimizer(_Model):
+    """The local optimizer, by torch.optim's names and defaults."""
+
+    kind: Literal["sgd", "adam", "adamw"] = "sgd"
+    lr: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
+    """Learning rate η_l."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """SGD only."""
+    nesterov: bool = False
+    """SGD only."""
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """Adam and AdamW only."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.kind != "sgd" and (self.momentum or self.nesterov):
+            raise ValueError(f"momentum and nesterov are SGD's, not {self.kind}'s: remove them or set kind: sgd")
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs momentum > 0")
+        return self
+
+
+class LocalTraining(_Model):
+    """How a site trains in one round. Give `epochs` or `steps`; one epoch where neither is given."""
+
+    epochs: Annotated[int, Field(ge=1, strict=True)] | None = None
+    """Passes over the site's data."""
+    steps: Annotated[int, Field(ge=1, strict=True)] | None = None
+    """Exactly so many optimizer steps (K), going round the data as often as needed."""
+    batch_size: Annotated[int, Field(ge=1, strict=True)] = 32
+    optimizer: Optimizer = Optimizer()
+    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    """Largest global gradient norm before each step."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("give epochs or steps, not both")
+        return self
+
+
+class Timeouts(_Model):
+    """The only six durations of a run. What is not given follows from `round_deadline`; contradictions are errors."""
+
+    round_deadline: Duration = timedelta(hours=2)
+    """From a round's opening to its closing. Ours."""
+    train_timeout: Duration | None = None
+    """One attempt of one site, killed after it. Default: what the deadline leaves to each attempt."""
+    transfer_timeout: Duration | None = None
+    """No byte for so long is a stalled transfer. Default: 5 minutes, at most half of train_timeout."""
+    quorum_grace: Annotated[timedelta, BeforeValidator(_parse_duration), Field(ge=timedelta(0))] | None = None
+    """How long a round that has its quorum waits for the rest. Default: 30 s, at most a tenth of round_deadline."""
+    heartbeat: Duration | None = None
+    """How often a trainer shows life and looks whether its round closed. Default: 30 s, at most a tenth of round_deadline."""
+    run_timeout: Duration | None = None
+    """The whole run. Default: none."""
+
+    def resolved(self, attempts: int) -> Timeouts:
+        """All durations filled in."""
+        tenth = self.round_deadline / 10
+        train = self.train_timeout or self.round_deadline / attempts - backoff(attempts, self.round_deadline)
+        return Timeouts(
+            round_deadline=self.round_deadline,
+            train_timeout=train,
+            transfer_timeout=self.transfer_timeout or min(timedelta(minutes=5), train / 2),
+            quorum_grace=self.quorum_grace if self.quorum_grace is not None else min(timedelta(seconds=30), tenth),
+            heartbeat=self.heartbeat or min(timedelta(seconds=30), tenth),
+            run_timeout=self.run_timeout,
+        )
+
+    def contradictions(self, attempts: int) -> list[str]:
+        """What does not fit together, each naming both settings and the fix."""
+        t = self.resolved(attempts)
+        assert t.train_timeout and t.transfer_timeout and t.heartbeat and t.quorum_grace is not None
+        pause = backoff(attempts, t.round_deadline)
+        needed = attempts * (t.train_timeout + pause)
+        found = []
+
+        def check(ok: bool, less: str, a: timedelta, more: str, b: timedelta, fix: str) -> None:
+            if not ok:
+                found.append(f"timeouts.{less} ({a}) must be below timeouts.{more} ({b}); {fix}")
+
+        check(
+            t.transfer_timeout < t.train_timeout,
+            "transfer_timeout",
+            t.transfer_timeout,
+            "train_timeout",
+            t.train_timeout,
+            "lower the first or raise the second",
+        )
+        check(
+            t.train_timeout < t.round_deadline,
+            "train_timeout",
+            t.train_timeout,
+            "round_deadline",
+            t.round_deadline,
+            "lower the first or raise the second",
+        )
+        check(
+            t.quorum_grace < t.round_deadline,
+            "quorum_grace",
+            t.quorum_grace,
+            "round_deadline",
+            t.round_deadline,
+            "lower the first or raise the second",
+        )
+        check(
+            t.heartbeat < t.round_deadline,
+            "heartbeat",
+            t.heartbeat,
+            "round_deadline",
+            t.round_deadline,
+            "lower the first or raise the second",
+        )
+        if self.train_timeout and needed > t.round_deadline:
+            found.append(
+                f"timeouts.train_timeout ({t.train_timeout}) times attempts ({attempts}), with {pause} of backoff each, is {needed}: "
+                f"more than timeouts.round_deadline ({t.round_deadline}); raise round_deadline or lower attempts"
+            )
+        if t.run_timeout:
+            check(
+                t.round_deadline <= t.run_timeout,
+                "round_deadline",
+                t.round_deadline,
+                "run_timeout",
+                t.run_timeout,
+                "lower the first or raise the second",
+            )
+        return found
+
+
+def backoff(attempts: int, deadline: timedelta) -> timedelta:
+    """What an attempt leaves for the pause before the next: none if there is only one, else at most `MAX_BACKOFF`."""
+    return min(MAX_BACKOFF, deadline / attempts / 10) if attempts > 1 else timedelta(0)
+
+
+class Numerics(_Model):
+    """What decides the bits of a training, applied by the shared training code in every environment."""
+
+    deterministic: Literal["bitwise", "fast"] = "bitwise"
+    """bitwise: equal bits in every environment. fast: whatever is quickest, compared within a tolerance."""
+    threads: Annotated[int, Field(ge=1)] = 1
+    """Threads of one trainer; gradients of convolutions differ between 1 and 2."""
+    device: Literal["cpu", "cuda", "mps"] = "cpu"
+
+
+class KeyMetric(_Model):
+    """The metric that decides which model is best."""
+
+    name: str = "accuracy"
+    """A metric of the server's evaluation, or else of the sites (weighted mean)."""
+    mode: Literal["max", "min"] = "max"
+
+
+class EarlyStop(_Model):
+    """When to stop before the last round, judged by the key metric."""
+
+    patience: Annotated[int, Field(ge=1)] | None = None
+    """Rounds without an improvement of more than `min_delta`."""
+    min_delta: Annotated[float, Field(ge=0)] = 0.0
+    target: float | None = None
+    """Stop as soon as the key metric reaches this."""
+
+
+class SiteOverrides(_Model):
+    """What is different at one site."""
+
+    training: dict[str, JsonValue] = {}
+    """Fields of `training`, merged over the recipe's."""
+    workload_args: dict[str, JsonValue] = {}
+    """Arguments of the workload, merged over the recipe's."""
+
+
+# -- the recipe --------------------------------------------------------------------------------------------------------
+class Recipe(_Model):
+    """A run, as one value: model and data by name, algorithm, schedule, rounds, and what happens when something fails."""
+
+    name: Name
+    """Names the run's flow runs and, with a number, the run."""
+    model: ImportRef
+    """A factory of the `torch.nn.Module`, found at the server and at every site."""
+    workload: ImportRef
+    """What a site trains on, resolved at the site."""
+    rounds: Annotated[int, Field(ge=1, strict=True)]
+    algorithm: Annotated[Any, _algorithms] = algorithms.FedAvg()
+    """The mathematics of a round."""
+    schedule: Annotated[Any, _schedules] = schedules.Everyone()
+    """Who takes part."""
+    training: LocalTraining = LocalTraining()
+    """Local training at every site."""
+    overrides: dict[Name, SiteOverrides] = {}
+    """Per site."""
+    checkpoint: str | None = None
+    """Initial model: a safetensors file, or a PyTorch file that loads with weights_only. Default: the factory's own."""
+    seed: Annotated[int, Field(ge=0, lt=2**53, strict=True)] = 0
+    numerics: Numerics = Numerics()
+    quorum: Annotated[int, Field(ge=1, strict=True)] | None = None
+    """Valid updates that close a round. Default: the schedule's (everyone asked, or the sample's size)."""
+    min_sites: Annotated[int, Field(ge=1, strict=True)] = 1
+    """Sites that must be there for a round to begin."""
+    required_sites: list[Name] = []
+    """Sites without which no round counts."""
+    wait_for_sites: Duration = timedelta(minutes=2)
+    """How long a run waits at its start for the sites' workers."""
+    late: Literal["drop", "carry"] = "drop"
+    """What becomes of an update that arrives after its round closed: dropped, or counted in the next round."""
+    attempts: Annotated[int, Field(ge=1, le=20, strict=True)] = 3
+    """How often a site may try in a round."""
+    timeouts: Timeouts = Timeouts()
+    evaluation: ImportRef | None = None
+    """A workload with `evaluate(model)`, resolved at the server, run after every round on data held out there."""
+    key_metric: KeyMetric = KeyMetric()
+    early_stop: EarlyStop = EarlyStop()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        problems = self.timeouts.contradictions(self.attempts)
+        if self.quorum is not None and self.min_sites > self.quorum:
+            problems.append(
+                f"min_sites ({self.min_sites}) must not exceed quorum ({self.quorum}); raise quorum or lower min_sites"
+            )
+        wanted = getattr(self.schedule, "sites_per_round", None)
+        if self.quorum is not None and wanted is not None and self.quorum > wanted:
+            problems.append(f"quorum ({self.quorum}) must not exceed schedule.sites_per_round ({wanted}); lower quorum")
+        for site in self.overrides:
+            try:
+                self.training_at(site)
+            except ValidationError as error:
+                problems.append(f"overrides.{site}.training: {explain(error)}")
+        if problems:
+            raise PydanticCustomError("contradiction", "{problems}", {"problems": "; ".join(problems)})
+        return self
+
+    # -- reading and writing
+    @classmethod
+    def load(cls, source: str | Path | Mapping[str, Any]) -> Recipe:
+        """A recipe from a YAML or JSON file, or from a mapping. Raises RecipeError naming field, found, expected, fix."""
+        return read_model(cls, source, "recipe")
+
+    def digest(self) -> str:
+        """Digest of everything that a resume may not change."""
+        fixed = {k: v for k, v in self.model_dump(mode="json").items() if k not in AMENDABLE}
+        return f"blake3:{blake3(canonical_json(fixed)).hexdigest()}"
+
+    # -- what holds for one site
+    def training_at(self, site: SiteId) -> LocalTraining:
+        """Local training with `site`'s overrides."""
+        return _merged(self.training, self.overrides.get(site, SiteOverrides()).training)
+
+    def workload_args_at(self, site: SiteId) -> dict[str, JsonValue]:
+        """Workload arguments with `site`'s overrides."""
+        return {**self.workload.args, **self.overrides.get(site, SiteOverrides()).workload_args}
+
+    @property
+    def durations(self) -> Timeouts:
+        """All six durations, filled in."""
+        return self.timeouts.resolved(self.attempts)
+
+
+AMENDABLE: frozenset[str] = frozenset(
+    {"rounds", "timeouts", "quorum", "min_sites", "required_sites", "wait_for_sites", "attempts"}
+)
+"""Fields that a resume may change; every change is written into the run's journal."""
+
+
+def _merged(training: LocalTraining, changes: Mapping[str, Any]) -> LocalTraining:
+    """`training` with `changes`, one level deep; `epochs` and `steps` displace each other."""
+    base = training.model_dump()
+    if {"epochs", "steps"} & changes.keys():
+        base |= {"epochs": None, "steps": None}
+    if isinstance(changes.get("optimizer"), Mapping):
+        changes = {**changes, "optimizer": {**base["optimizer"], **changes["optimizer"]}}
+    return LocalTraining.model_validate({**base, **changes})
+
+
+# -- federation and site ----------------------------------------------------------------------------------------------
+class FederationSite(_Model):
+    """One site as the coordinator knows it."""
+
+    name: Name
+    pool: Name | None = None
+    """Its work pool. Default: the site's name."""
+    state: str | None = None
+    """URL of the site's own state, where fedflow starts the site itself (PocEnv); otherwise the site's configuration has it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_string(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @property
+    def work_pool(self) -> str:
+        return self.pool or self.name
+
+
+class Federation(_Model):
+    """All sites, and where they meet."""
+
+    name: Name = "federation"
+    sites: Annotated[list[FederationSite], Field(min_length=1)]
+    store: str | None = None
+    """URL of the shared object store. Default: given on the command line."""
+    store_options: dict[str, JsonValue] = {}
+    """Endpoint and the like; credentials belong into the environment."""
+    coordinator_pool: Name = "coordinator"
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Self:
+        names = [site.name for site in self.sites]
+        if twice := sorted({n for n in names if names.count(n) > 1}):
+            raise ValueError(f"sites named twice: {twice}; give each site a name of its own")
+        return self
+
+    @classmethod
+    def load(cls, source: str | Path | Mapping[str, Any]) -> Federation:
+        """A federation from a YAML or JSON file, or from a mapping."""
+        return read_model(cls, source, "federation")
+
+    @classmethod
+    def of(cls, count: int, *, store: str | None = None) -> Federation:
+        """`site-1` … `site-<count>`."""
+        return cls(sites=[FederationSite(name=f"site-{i + 1}") for i in range(count)], store=store)
+
+    @property
+    def names(self) -> list[SiteId]:
+        return sorted(site.name for site in self.sites)
+
+
+class SiteConfig(_Model):
+    """A site's own configuration: what its owner decides. Nothing in it can be set from outside."""
+
+    name: Name
+    store: str
+    """URL of the shared object store."""
+    store_options: dict[str, JsonValue] = {}
+    state: str
+    """URL of this site's own state; it never leaves the site."""
+    pool: Name | None = None
+    """Work pool. Default: the site's name."""
+    allowed_imports: list[str] | None = None
+    """Patterns of modules that a recipe may name ("mypackage.*"). Default: any that is installed here."""
+    workloads: dict[str, str] = {}
+    """Short names for workloads: name -> import path."""
+    workload_args: dict[str, JsonValue] = {}
+    """Arguments of every workload here, over what the recipe says: paths of the data, for instance."""
+    python_path: list[str] = []
+    """Folders added to the import path."""
+    api_url: str | None = None
+    """URL of the Prefect API. Default: the environment's."""
+
+    environment_variable: ClassVar[str] = "FEDFLOW_SITE_CONFIG"
+    """Where a worker's child finds the path of this file."""
+
+    @classmethod
+    def load(cls, source: str | Path | Mapping[str, Any]) -> SiteConfig:
+        """A site's configuration from a YAML or JSON file, or from a mapping."""
+        return read_model(cls, source, "site")
+
+    @property
+    def work_pool(self) -> str:
+        return self.pool or self.name
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+M = TypeVar("M", bound=BaseModel)
+
+
+def read_model(cls: type[M], source: str | Path | Mapping[str, Any], what: str) -> M:
+    """`cls` from a YAML or JSON file or a mapping. Raises RecipeError in one line, never a traceback."""
+    if isinstance(source, Mapping):
+        data: Any = source
+    else:
+        path = Path(source)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise RecipeError(
+                field_error(what, str(path), "a readable file", f"check the path: {error.strerror}")
+            ) from error
+        try:
+            data = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        except (yaml.YAMLError, ValueError) as error:
+            raise RecipeError(
+                f"{path}: not valid {'JSON' if path.suffix == '.json' else 'YAML'}: {' '.join(str(error).split())}"
+            ) from error
+        what = str(path)
+    if not isinstance(data, Mapping):
+        raise RecipeError(field_error(what, data, "a mapping of fields", "see `fedflow init` for an example"))
+    try:
+        return cls.model_validate(data)
+    except ValidationError as error:
+        raise RecipeError(f"{what}: {explain(error)}") from error
+
+
+def explain(error: ValidationError) -> str:
+    """A validation error as one line: every field with what was found and what is expected."""
+    lines = []
+    for item in error.errors(include_url=False):
+        where = ".".join(str(part) for part in item["loc"]) or "the whole"
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            lines.append(f"{where}: unknown field; remove it or correct its name")
+        elif item["type"] == "missing":
+            lines.append(f"{where}: missing; give it a value")
+        elif item["type"] in ("contradiction", "resolve", "kind", "value_error"):
+            lines.append(message if where == "the whole" else f"{where}: {message}")
+        else:
+            lines.append(f"{where}: found {_short(item['input'])}, {message[0].lower()}{message[1:]}")
+    return "; ".join(lines)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+@cache
+def recipe_schema() -> dict[str, Any]:
+    """The recipe's JSON schema, for documentation and forms."""
+    return TypeAdapter(Recipe).json_schema()

@@ -1,0 +1,206 @@
+"""The journal of a run: which records exist, and where. Every write is create-only; the loser adopts the winner's.
+
+public/<run>/run.json, amendments/<n>.json, rounds/<r>/<phase>/{plan.json, open/<k>.json, closed/<k>[.<j>].json}
+public/<run>/objects/        what sites may see
+server/<run>/rounds/<r>/<phase>/{attempts/…, manifest.json}, rounds/<r>/evaluation.json, initial/manifest.json
+server/<run>/objects/        what they may not
+sites/<site>/<run>/<r>/<phase>/<digest>.{json,safetensors}
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from fedflow.errors import ObjectCorrupt, ObjectExists, ObjectMissing, RunMissing
+from fedflow.recipe import Recipe, explain
+from fedflow.store.objects import ObjectStore
+from fedflow.store.records import (
+    Amendment,
+    Attempt,
+    Closing,
+    Evaluation,
+    Manifest,
+    Opening,
+    Outcome,
+    Plan,
+    RunRecord,
+    _Record,
+)
+from fedflow.types import SiteId
+
+__all__ = ["INITIAL", "Journal", "list_runs"]
+
+R = TypeVar("R", bound=_Record)
+
+INITIAL = -1
+"""The "round" of the manifest that holds the state before round 0."""
+
+
+def step_path(round: int, phase: str) -> str:
+    return f"{round:05d}/{phase}"
+
+
+class Journal:
+    """The journal of one run in a store. Records are read again on every call: another process may have written them."""
+
+    def __init__(self, store: ObjectStore, run: str) -> None:
+        self.store, self.run = store, run
+        self.public, self.server = f"public/{run}", f"server/{run}"
+
+    # -- the run
+    def create(self, record: RunRecord) -> RunRecord:
+        return self._create(f"{self.public}/run.json", record)
+
+    def record(self) -> RunRecord:
+        """Raises RunMissing."""
+        found = self._read(f"{self.public}/run.json", RunRecord)
+        if found is None:
+            raise RunMissing(
+                f"run: found no run {self.run!r} in {self.store.url}; `fedflow runs ls` shows those that are there"
+            )
+        return found
+
+    def amend(self, amendment: Amendment) -> Amendment:
+        return self._create(f"{self.public}/amendments/{amendment.number:05d}.json", amendment)
+
+    def amendments(self) -> list[Amendment]:
+        return self._read_all(f"{self.public}/amendments", Amendment)
+
+    def recipe(self, context: Mapping[str, Any] | None = None) -> Recipe:
+        """The recipe with every amendment. context: as for `Recipe.model_validate`."""
+        fields: dict[str, Any] = dict(self.record().recipe)
+        for amendment in self.amendments():
+            fields |= amendment.recipe
+        return Recipe.model_validate(fields, context=dict(context or {}))
+
+    def sites(self) -> list[SiteId]:
+        """Every site of the federation, in order."""
+        joined = [site for amendment in self.amendments() for site in amendment.sites]
+        return sorted({*self.record().sites, *joined})
+
+    # -- a round's phase
+    def plan(self, round: int, phase: str) -> Plan | None:
+        return self._read(f"{self._step(round, phase)}/plan.json", Plan)
+
+    def put_plan(self, plan: Plan) -> Plan:
+        return self._create(f"{self._step(plan.round, plan.phase)}/plan.json", plan)
+
+    def openings(self, plan: Plan) -> list[Opening]:
+        return sorted(self._read_all(f"{self._step(plan.round, plan.phase)}/open", Opening), key=lambda o: o.number)
+
+    def put_opening(self, plan: Plan, opening: Opening) -> Opening:
+        return self._create(f"{self._step(plan.round, plan.phase)}/open/{opening.number}.json", opening)
+
+    def closing(self, plan: Plan, opening: int) -> Closing | None:
+        """The closing in force of an opening: its last revision."""
+        found = [c for c in self.closings(plan) if c.opening == opening]
+        return max(found, key=lambda c: c.revision, default=None)
+
+    def is_closed(self, plan: Plan, opening: int) -> bool:
+        """Whether an opening has a closing: one request."""
+        return self.store.exists(f"{self._step(plan.round, plan.phase)}/closed/{opening}.json")
+
+    def closings(self, plan: Plan) -> list[Closing]:
+        found = self._read_all(f"{self._step(plan.round, plan.phase)}/closed", Closing)
+        return sorted(found, key=lambda c: (c.opening, c.revision))
+
+    def closing_key(self, plan: Plan, closing: Closing) -> str:
+        revision = f".{closing.revision}" if closing.revision else ""
+        return f"{self._step(plan.round, plan.phase)}/closed/{closing.opening}{revision}.json"
+
+    def put_closing(self, plan: Plan, closing: Closing) -> Closing:
+        return self._create(self.closing_key(plan, closing), closing)
+
+    def put_attempt(self, plan: Plan, attempt: Attempt) -> Attempt:
+        name = f"{attempt.opening}.{attempt.site}.{attempt.attempt}"
+        return self._create(f"{self._server_step(plan.round, plan.phase)}/attempts/{name}.json", attempt)
+
+    def attempts(self, plan: Plan) -> list[Attempt]:
+        return self._read_all(f"{self._server_step(plan.round, plan.phase)}/attempts", Attempt)
+
+    # -- commits
+    def put_manifest(self, manifest: Manifest) -> Manifest:
+        """The commit."""
+        return self._create(f"{self._server_step(manifest.round, manifest.phase)}/manifest.json", manifest)
+
+    def manifest(self, round: int, phase: str) -> Manifest | None:
+        return self._read(f"{self._server_step(round, phase)}/manifest.json", Manifest)
+
+    def committed(self) -> list[tuple[int, str]]:
+        """(round, phase) of every commit, without reading them; rounds in order, phases of a round in no order."""
+        keys = self.store.list(f"{self.server}/rounds")
+        found = (re.search(r"/rounds/(\d+)/([^/]+)/manifest\.json$", key) for key in keys)
+        return sorted((int(m[1]), m[2]) for m in found if m)
+
+    def head(self, phases: tuple[str, ...]) -> Manifest | None:
+        """The newest commit; the initial one if no round is committed; None if not even that is."""
+        committed = self.committed()
+        if not committed:
+            return self.manifest(INITIAL, "initial")
+        round, phase = max(committed, key=lambda step: (step[0], phases.index(step[1])))
+        return self.manifest(round, phase)
+
+    def put_evaluation(self, evaluation: Evaluation) -> Evaluation:
+        return self._create(f"{self.server}/rounds/{evaluation.round:05d}/evaluation.json", evaluation)
+
+    def evaluation(self, round: int) -> Evaluation | None:
+        return self._read(f"{self.server}/rounds/{round:05d}/evaluation.json", Evaluation)
+
+    def put_outcome(self, outcome: Outcome) -> Outcome:
+        return self._create(f"{self.server}/outcomes/{outcome.number:05d}.json", outcome)
+
+    def outcomes(self) -> list[Outcome]:
+        return self._read_all(f"{self.server}/outcomes", Outcome)
+
+    # -- where things are
+    def inbox(self, site: SiteId, round: int, phase: str) -> str:
+        """The prefix below which a site's updates for a phase lie."""
+        return f"sites/{site}/{self.run}/{step_path(round, phase)}"
+
+    def _step(self, round: int, phase: str) -> str:
+        return f"{self.public}/rounds/{step_path(round, phase)}"
+
+    def _server_step(self, round: int, phase: str) -> str:
+        return f"{self.server}/initial" if round == INITIAL else f"{self.server}/rounds/{step_path(round, phase)}"
+
+    # -- records
+    def _create(self, key: str, record: R) -> R:
+        try:
+            self.store.put(key, record.to_bytes())
+            return record
+        except ObjectExists:
+            found = self._read(key, type(record))
+            assert found is not None
+            return found
+
+    def _read(self, key: str, cls: type[R]) -> R | None:
+        try:
+            data = self.store.get(key)
+        except ObjectMissing:
+            return None
+        try:
+            return cls.from_bytes(data)
+        except ValueError as error:
+            raise ObjectCorrupt(
+                f"{key}: found {first_problem(error)}, expected a {cls.__name__} as it was written; restore it"
+            ) from error
+
+    def _read_all(self, prefix: str, cls: type[R]) -> list[R]:
+        found = (self._read(key, cls) for key in self.store.list(prefix) if key.endswith(".json"))
+        return [record for record in found if record is not None]
+
+
+def first_problem(error: ValueError) -> str:
+    """Why a record's bytes were refused."""
+    return explain(error) if isinstance(error, ValidationError) else str(error)
+
+
+def list_runs(store: ObjectStore) -> list[str]:
+    """Names of all runs in a store."""
+    return sorted(
+        key.split("/")[1] for key in store.list("public") if key.count("/") == 2 and key.endswith("/run.json")
+    )

@@ -1,0 +1,305 @@
+"""The journal's records: what each JSON object in the store says. Written once, never changed."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal, Self
+
+from blake3 import blake3
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+from fedflow.store.objects import ObjectRef
+from fedflow.types import SiteId, canonical_json
+
+__all__ = [
+    "FORMAT",
+    "Amendment",
+    "Attempt",
+    "Closing",
+    "Contribution",
+    "Evaluation",
+    "Manifest",
+    "Opening",
+    "Outcome",
+    "Plan",
+    "RunRecord",
+    "SiteRecord",
+    "SiteStateRecord",
+    "StateRecord",
+    "TaskRecord",
+    "UpdateManifest",
+]
+
+FORMAT: Literal[1] = 1
+"""Version of the store's layout and records; a run of every released version can be resumed."""
+
+Metric = float | None
+"""A number for people; None stands for NaN and infinities, which JSON has not."""
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def digest(self) -> str:
+        """Digest of the record's canonical JSON."""
+        return f"blake3:{blake3(canonical_json(self.model_dump(mode='json'))).hexdigest()}"
+
+    def to_bytes(self) -> bytes:
+        """Canonical JSON with the record's own digest in it, so that no byte of it can change unseen."""
+        return canonical_json({**self.model_dump(mode="json"), "digest": self.digest()})
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Self:
+        """Raises ValueError where a byte is not as it was written, or a field is not as it should be."""
+        fields = json.loads(data)
+        if not isinstance(fields, dict) or canonical_json(fields) != data:
+            raise ValueError("not the canonical JSON of a record")
+        digest = fields.pop("digest", None)
+        record = cls.model_validate(fields)
+        if digest != record.digest():
+            raise ValueError(f"digest {record.digest()}, expected {digest}")
+        return record
+
+
+class RunRecord(_Record):
+    """`public/<run>/run.json`: what the run is. nonce: tells this run from any other that ever had its name."""
+
+    format: Literal[1] = 1
+    fedflow: str
+    run: str
+    nonce: str
+    created: datetime
+    recipe: dict[str, JsonValue]
+    sites: list[SiteId]
+
+
+class Amendment(_Record):
+    """`public/<run>/amendments/<n>.json`: what a resume changed. recipe: fields with their new values; sites: joined."""
+
+    number: int
+    at: datetime
+    recipe: dict[str, JsonValue] = {}
+    sites: list[SiteId] = []
+
+
+class TaskRecord(_Record):
+    """One site's part in a plan. state_base: the accepted update whose state the site starts from; None = none yet."""
+
+    steps: int | None = None
+    overrides: dict[str, JsonValue] = {}
+    state_base: str | None = None
+
+
+class Plan(_Record):
+    """`…/rounds/<r>/<phase>/plan.json`: who does what. Made once a round and phase.
+
+    parent:    digest of the manifest that the broadcast comes from
+    broadcast: group -> object that sites train from
+    absent:    site -> why it was not asked
+    accept_bases: rounds whose updates count
+    """
+
+    run: str
+    nonce: str
+    round: int
+    phase: str
+    parent: str
+    broadcast: dict[str, ObjectRef]
+    tasks: dict[SiteId, TaskRecord]
+    absent: dict[SiteId, str] = {}
+    quorum: int
+    required: list[SiteId] = []
+    accept_bases: list[int]
+    late: Literal["drop", "carry"]
+    amendments: int
+    num_sites: int
+
+
+class Opening(_Record):
+    """`…/open/<k>.json`: the k-th attempt (from 1) to hold the round, with its absolute deadline."""
+
+    number: int
+    opened: datetime
+    deadline: datetime
+    why: str
+
+
+class Attempt(_Record):
+    """`…/attempts/<opening>.<site>.<attempt>.json`: a dispatch, journalled before it happens. key: its idempotency key."""
+
+    opening: int
+    site: SiteId
+    attempt: int
+    key: str
+    at: datetime
+
+
+class UpdateManifest(_Record):
+    """`sites/<site>/<run>/<r>/<phase>/<digest>.json`: a site's update. Written last; then the update exists.
+
+    plan:   digest of the plan it answers
+    groups: group -> object
+    state:  digest of the site state that goes with it; None if the algorithm keeps none
+    The fields up to `state` decide `update_digest`; the rest (attempt, seconds, ...) does not.
+    """
+
+    format: Literal[1] = 1
+    run: str
+    nonce: str
+    site: SiteId
+    round: int
+    phase: str
+    plan: str
+    state_base: str | None
+    examples: Annotated[int, Field(strict=True)]
+    steps: Annotated[int, Field(strict=True)]
+    lr_sum: Annotated[float, Field(strict=True)]
+    groups: dict[str, ObjectRef]
+    scalars: dict[str, Annotated[float, Field(strict=True)]] = {}
+    metrics: dict[str, Metric] = {}
+    state: str | None = None
+    # -- not part of the digest
+    opening: int = 1
+    attempt: int = 1
+    seconds: float = 0.0
+    peak_rss: int = 0
+    numerics: dict[str, JsonValue] = {}
+    fedflow: str = ""
+
+    def update_digest(self) -> str:
+        """Names the update and the site state that commits with it."""
+        parts = self.model_dump(
+            mode="json", exclude={"opening", "attempt", "seconds", "peak_rss", "numerics", "fedflow"}
+        )
+        return f"blake3:{blake3(canonical_json(parts)).hexdigest()}"
+
+
+class Contribution(_Record):
+    """An update that counts. key: its manifest in the store; base_round: the round that it trained from."""
+
+    key: str
+    update: str
+    base_round: int
+
+
+class Closing(_Record):
+    """`…/closed/<k>.json`, later `<k>.<j>.json`: exactly what counts, and why the rest does not.
+
+    quorate: whether the round can be committed; if not it stays open for another opening
+    """
+
+    opening: int
+    revision: int = 0
+    closed: datetime
+    why: str
+    quorate: bool
+    contributors: dict[SiteId, Contribution]
+    excluded: dict[SiteId, str]
+
+
+class StateRecord(_Record):
+    """A frozen dataclass in the store. tensors: field -> object; scalars: field -> JSON value."""
+
+    tensors: dict[str, ObjectRef] = {}
+    scalars: dict[str, JsonValue] = {}
+
+
+class SiteStateRecord(_Record):
+    """`<site's url>/<run>-<nonce>/state/<update digest>.json`: what a site remembers if that update is accepted."""
+
+    update: str
+    round: int
+    phase: str
+    state: StateRecord
+
+
+class SiteRecord(_Record):
+    """What the server remembers of a site. accepted: digest of its last accepted update."""
+
+    accepted: str | None = None
+    last_round: int | None = None
+    seconds: float | None = None
+    failures: int = 0
+
+
+class ContributorSummary(_Record):
+    """One contributor in the manifest."""
+
+    update: str
+    base_round: int
+    weight: float
+    examples: int
+    steps: int
+    lr_sum: float
+    metrics: dict[str, Metric]
+    seconds: float
+    bytes: int
+    peak_rss: int = 0
+    attempt: int = 1
+    numerics: dict[str, JsonValue] = {}
+
+
+class Manifest(_Record):
+    """`server/<run>/rounds/<r>/<phase>/manifest.json`: the commit. Written last, create-only; then the phase exists.
+
+    parent:     digest of the manifest before it
+    closing:    key of the closing that it aggregates, and the closing's digest
+    partial:    "group/name" -> sites that sent it, where not all did
+    state:      S; model: the global model by group; broadcast: what the next phase's sites receive
+    sites:      every site that ever took part
+    """
+
+    format: Literal[1] = 1
+    run: str
+    nonce: str
+    round: int
+    phase: str
+    parent: str | None
+    closing: str | None = None
+    closing_digest: str | None = None
+    contributors: dict[SiteId, ContributorSummary] = {}
+    excluded: dict[SiteId, str] = {}
+    partial: dict[str, list[SiteId]] = {}
+    numerics_differ: list[SiteId] = []
+    state: StateRecord
+    model: dict[str, ObjectRef]
+    broadcast: dict[str, ObjectRef]
+    model_digest: str
+    metrics: dict[str, Metric] = {}
+    sites: dict[SiteId, SiteRecord] = {}
+    opened: datetime | None = None
+    committed: datetime
+    seconds: float = 0.0  # of the aggregation alone; the round took from `opened` to `committed`
+
+    def objects(self) -> list[ObjectRef]:
+        """Every object that this manifest names."""
+        return [*self.state.tensors.values(), *self.model.values(), *self.broadcast.values()]
+
+
+class Outcome(_Record):
+    """`server/<run>/outcomes/<n>.json`: how the n-th start of a run ended. A killed coordinator leaves none."""
+
+    number: int
+    status: Literal["finished", "failed", "aborted"]
+    message: str = ""
+    at: datetime
+
+
+class Evaluation(_Record):
+    """`server/<run>/rounds/<r>/evaluation.json`: metrics of the committed model of that digest."""
+
+    round: int
+    model_digest: str
+    metrics: dict[str, Metric]
+    seconds: float = 0.0
+
+
+def utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+def finite(metrics: Any) -> dict[str, Metric]:
+    """Metrics as JSON has them: NaN and infinities become None."""
+    values = {name: float(value) for name, value in metrics.items()}
+    return {name: v if v - v == 0 else None for name, v in values.items()}

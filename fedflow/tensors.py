@@ -1,0 +1,152 @@
+"""Arithmetic on named tensors, with bits that depend on nothing but the values and the order of the sites."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from blake3 import blake3
+from torch import Tensor
+
+from fedflow.types import Groups, Tensors, canonical_json
+
+__all__ = [
+    "BLOCK",
+    "WeightedMean",
+    "cast",
+    "dtype_name",
+    "interpolate",
+    "model_digest",
+    "non_finite",
+    "pairs",
+    "raw_bytes",
+    "select",
+    "subtract",
+]
+
+BLOCK = 16
+"""Contributors a block of the reduction tree: sums run over a block in site order, then over the blocks in order."""
+
+_NARROW = (torch.float16, torch.bfloat16)
+
+
+class WeightedMean:
+    """Σ wᵢ·tᵢ / Σ wᵢ per name, in float64, over a fixed tree: blocks of `BLOCK` updates in the order of `add`.
+
+    A name is averaged over the updates that have it. A mean of one update is that update, to the bit.
+    Memory: one update and two float64 sums, whatever the number of updates.
+    """
+
+    def __init__(self) -> None:
+        self._total: dict[str, Tensor] = {}
+        self._block: dict[str, Tensor] = {}
+        self._weight: dict[str, float] = {}
+        self._single: dict[str, Tensor | None] = {}
+        self._dtype: dict[str, torch.dtype] = {}
+        self._added = 0
+
+    def add(self, tensors: Tensors, weight: float) -> None:
+        """Add one update. Raises ValueError where a name comes with another shape or dtype than before."""
+        for name, tensor in tensors.items():
+            if self._dtype.setdefault(name, tensor.dtype) != tensor.dtype:
+                raise ValueError(f"{name}: {tensor.dtype} after {self._dtype[name]}")
+            term = tensor.to(torch.float64) * weight
+            self._block[name] = self._block[name] + term if name in self._block else term
+            self._weight[name] = self._weight.get(name, 0.0) + weight
+            self._single[name] = None if name in self._single else tensor
+        self._added += 1
+        if self._added % BLOCK == 0:
+            self._close_block()
+
+    def _close_block(self) -> None:
+        for name, partial in self._block.items():
+            self._total[name] = self._total[name] + partial if name in self._total else partial
+        self._block = {}
+
+    def means(self) -> dict[str, Tensor]:
+        """The means in float64, not yet rounded (see `cast`); a mean of one update as that update sent it."""
+        self._close_block()
+        return {
+            name: total / self._weight[name] if (one := self._single[name]) is None else one
+            for name, total in self._total.items()
+        }
+
+
+def cast(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """`value` (float64) in `dtype`, rounded once: integers half to even, booleans true from 0.5 up."""
+    if value.dtype == dtype:
+        return value.clone()
+    if dtype == torch.bool:
+        return value >= 0.5
+    if not dtype.is_floating_point:
+        return value.round().to(dtype)
+    if dtype in _NARROW:
+        return _round_to_odd(value).to(dtype)  # float64 -> float32 -> dtype would round twice
+    return value.to(dtype)
+
+
+def _round_to_odd(value: Tensor) -> Tensor:
+    """float64 -> float32 so that a further rounding to 16 bits gives what one rounding would (Boldo, Melquiond 2008)."""
+    near = value.to(torch.float32)
+    error = value - near.to(torch.float64)
+    even = (near.view(torch.int32) & 1) == 0
+    toward = torch.copysign(torch.full_like(near, torch.inf), error.to(torch.float32))
+    return torch.where((error != 0) & even, torch.nextafter(near, toward), near)
+
+
+def interpolate(start: Tensor, end: Tensor, weight: float) -> Tensor:
+    """start + weight·(end − start) in float64, exact at weight 0 and 1 (`torch.lerp`'s form)."""
+    return torch.lerp(start.to(torch.float64), end.to(torch.float64), weight)
+
+
+def subtract(minuend: Tensors, subtrahend: Tensors, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    """minuend − subtrahend by name, formed in float64 and rounded once to `dtype`."""
+    return {
+        name: cast(tensor.to(torch.float64) - subtrahend[name].to(torch.float64), dtype)
+        for name, tensor in minuend.items()
+    }
+
+
+def select(groups: Groups, names: Iterable[str]) -> dict[str, dict[str, Tensor]]:
+    """The part of every group that is among `names`."""
+    wanted = set(names)
+    return {group: {n: t for n, t in tensors.items() if n in wanted} for group, tensors in groups.items()}
+
+
+def pairs(groups: Groups) -> Iterator[tuple[str, str, Tensor]]:
+    """(group, name, tensor), groups and names in alphabetical order."""
+    for group in sorted(groups):
+        for name in sorted(groups[group]):
+            yield group, name, groups[group][name]
+
+
+def non_finite(groups: Groups) -> str | None:
+    """The first tensor that holds NaN or infinity, as "group/name (count of size)", or None."""
+    for group, name, tensor in pairs(groups):
+        if tensor.is_floating_point() or tensor.is_complex():
+            bad = int((~torch.isfinite(tensor)).sum())
+            if bad:
+                return f"{group}/{name} ({bad} of {tensor.numel()} elements are NaN or infinite)"
+    return None
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The tensor's bytes, C-contiguous, little-endian as on every machine that torch supports."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy()).cast("B") if flat.numel() else memoryview(b"")  # type: ignore[arg-type]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """ "float32" for `torch.float32`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def model_digest(tensors: Tensors | Mapping[str, Any]) -> str:
+    """`blake3:<hex>` over names, shapes, dtypes and bytes, in name order: equal if and only if the models are."""
+    digest = blake3()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(canonical_json([name, list(tensor.shape), dtype_name(tensor.dtype)]))
+        digest.update(raw_bytes(tensor))
+    return f"blake3:{digest.hexdigest()}"

@@ -1,0 +1,189 @@
+"""Values that cross a boundary: between server and site, between a round and the next.
+
+Signs everywhere: `delta = local - start`; `pseudo_gradient = -delta`. Rounds count from 0. A *step* is one completed
+`optimizer.step()`, never a batch, a micro-batch or an epoch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "Aggregate",
+    "FederationView",
+    "Groups",
+    "RoundContext",
+    "RoundPlan",
+    "SiteId",
+    "SiteTask",
+    "SiteView",
+    "Spec",
+    "TensorSpec",
+    "Tensors",
+    "Update",
+    "canonical_json",
+    "derive_seed",
+    "spec_of",
+]
+
+SiteId = str
+Tensors = Mapping[str, Tensor]
+"""Parameter name -> tensor."""
+Groups = Mapping[str, Tensors]
+"""Group name ("params", "frozen", "buffers", "delta", "control", ...) -> tensors. Never merged by name prefix."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape and dtype of one tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)}"
+
+
+Spec = Mapping[str, Mapping[str, TensorSpec]]
+"""Group name -> tensor name -> shape and dtype: what a valid update consists of."""
+
+
+def spec_of(groups: Groups) -> dict[str, dict[str, TensorSpec]]:
+    """The spec that `groups` itself fulfils."""
+    return {
+        group: {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+        for group, tensors in groups.items()
+    }
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a site returns for one phase of one round.
+
+    site:        who trained
+    base_round:  the round whose broadcast the training started from
+    attempt:     which attempt of the site this was (1-based; information only)
+    state_base:  digest of the update that the site's state came from; None at first participation
+    examples:    examples in the site's training data (count)
+    steps:       completed optimizer steps K
+    lr_sum:      sum of the learning rate over those steps
+    tensors:     the payload, by group
+    scalars:     numbers that the algorithm needs (a loss at the start, a norm)
+    metrics:     numbers for people (loss, accuracy)
+    numerics:    what decided the bits of this training
+    """
+
+    site: SiteId
+    base_round: int
+    examples: int
+    steps: int
+    lr_sum: float
+    tensors: Groups
+    attempt: int = 1
+    state_base: str | None = None
+    scalars: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    numerics: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Aggregate:
+    """The reduction of a round's updates.
+
+    tensors:  reduced groups
+    weight:   sum of the weights
+    count:    number of updates
+    metrics_by_site:  site -> metrics, as sent
+    """
+
+    tensors: Groups
+    weight: float
+    count: int
+    metrics_by_site: Mapping[SiteId, Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class SiteView:
+    """What the coordinator knows of one site when it plans a round.
+
+    online:    a worker of the site was seen within the grace period
+    in_flight: base round of an update that is still being made, None if there is none
+    last_round: the last round it contributed to, None if none
+    seconds:   duration of its last contribution, None if none
+    failures:  exclusions in a row
+    """
+
+    online: bool = True
+    in_flight: int | None = None
+    last_round: int | None = None
+    seconds: float | None = None
+    failures: int = 0
+
+
+FederationView = Mapping[SiteId, SiteView]
+"""Every site of the federation, once a round, written into the plan."""
+
+
+@dataclass(frozen=True)
+class SiteTask:
+    """What one site is asked to do. steps: local steps, None = as the recipe says; overrides: recipe fields for it."""
+
+    steps: int | None = None
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RoundPlan:
+    """Who takes part in a round and when it may close.
+
+    tasks:        site -> task: the cohort
+    quorum:       how many valid updates close the round (the recipe's own quorum goes before it)
+    timeout:      from the opening to its deadline; None = the recipe's round_deadline
+    accept_bases: how many rounds back an update may have started; 0 = this round's updates only
+    late:         what becomes of an update that arrives after the closing; None = as the recipe says
+    aggregators:  who aggregates, in fail-over order; empty = the coordinator
+    """
+
+    tasks: Mapping[SiteId, SiteTask]
+    quorum: int
+    timeout: timedelta | None = None
+    accept_bases: int | None = None
+    late: Literal["drop", "carry"] | None = None
+    aggregators: Sequence[SiteId] = ()
+
+
+@dataclass(frozen=True)
+class RoundContext:
+    """Where in a run a piece of mathematics stands. Frozen: what must persist belongs into the state, not here.
+
+    num_sites: N, all sites of the federation (not the cohort)
+    seed:      63 bits, from (run seed, round, phase, site)
+    measured:  what `Algorithm.measure` found over all updates, else empty
+    """
+
+    run: str
+    round: int
+    phase: str
+    site: SiteId | None
+    num_sites: int
+    seed: int
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    measured: Tensors = field(default_factory=dict)
+
+
+def canonical_json(value: Any) -> bytes:
+    """The one byte string for a JSON value: sorted keys, no spaces, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False).encode()
+
+
+def derive_seed(*parts: str | int | None) -> int:
+    """A 63-bit seed from JSON values, by BLAKE2: the same in every process and on every machine, unlike `hash()`."""
+    return int.from_bytes(hashlib.blake2b(canonical_json(parts), digest_size=8).digest(), "big") >> 1

@@ -96,7 +96,9 @@ def _round_to_odd(value: Tensor) -> Tensor:
 
 
 def interpolate(start: Tensor, end: Tensor, weight: float) -> Tensor:
-    """start + weight·(end − start) in float64, exact at weight 0 and 1 (`torch.lerp`'s form)."""
+    """start + weight·(end − start) in float64; at weight 0 and 1 these to the bit, the sign of a zero included."""
+    if weight in (0.0, 1.0):
+        return (end if weight else start).to(torch.float64)
     return torch.lerp(start.to(torch.float64), end.to(torch.float64), weight)
 
 

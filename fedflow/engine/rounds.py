@@ -5,17 +5,19 @@ The truth about a round is in the store. Whoever comes second to a create-only w
 
 from __future__ import annotations
 
+import contextlib
 import math
 import uuid
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import Literal
 
 from fedflow import __version__
 from fedflow.algorithm import Algorithm
 from fedflow.engine.aggregation import aggregate_round, commit_initial
 from fedflow.engine.updates import Checks
-from fedflow.errors import QuorumLost, RunExists, UpdateInvalid, UserError
+from fedflow.errors import FedflowError, QuorumLost, RoundAborted, RunExists, UpdateInvalid, UserError
 from fedflow.local.model import build_model, load_checkpoint, model_groups
 from fedflow.recipe import AMENDABLE, Recipe
 from fedflow.store.journal import Journal
@@ -26,6 +28,7 @@ from fedflow.store.records import (
     Contribution,
     Manifest,
     Opening,
+    Outcome,
     Plan,
     RunRecord,
     SiteRecord,
@@ -45,6 +48,7 @@ __all__ = [
     "may_close",
     "next_step",
     "open_round",
+    "recording_outcome",
     "start_run",
     "survey",
 ]
@@ -111,6 +115,28 @@ def amend_run(
 def _differences(old: Recipe, new: Recipe) -> str:
     a, b = old.model_dump(mode="json"), new.model_dump(mode="json")
     return "; ".join(f"{k}: {a[k]!r} there, {b[k]!r} here" for k in a if k not in AMENDABLE and a[k] != b[k])[:500]
+
+
+@contextlib.contextmanager
+def recording_outcome(journal: Journal) -> Iterator[None]:
+    """Write into the journal how this start of the run ends; what is raised inside goes on."""
+    number = len(journal.outcomes()) + 1
+
+    def put(status: Literal["finished", "failed", "aborted"], message: str = "") -> None:
+        journal.put_outcome(Outcome(number=number, status=status, message=message, at=utc_now()))
+
+    try:
+        yield
+    except RoundAborted as error:
+        put("aborted", error.reason)
+        raise
+    except FedflowError as error:
+        put("failed", str(error))
+        raise
+    except Exception as error:
+        put("failed", f"unexpected {type(error).__name__}: {error}")
+        raise
+    put("finished")
 
 
 # -- where a run stands ------------------------------------------------------------------------------------------------

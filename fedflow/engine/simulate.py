@@ -32,6 +32,7 @@ def simulate(
     workloads: Mapping[SiteId, Any] | Sequence[SiteId],
     *,
     store: str | None = None,
+    store_options: Mapping[str, Any] | None = None,
     run: str | None = None,
     state: str | None = None,
     model: Callable[[], nn.Module] | None = None,
@@ -42,16 +43,16 @@ def simulate(
     """Run `recipe` to its end and return its journal; a run that was interrupted is continued.
 
     workloads: site -> its workload, used in place of the recipe's; or only the sites' names
-    store:     URL of the store; default: in memory, gone with this process
+    store:     URL of the store, with its options; default: in memory, gone with this process
     state:     URL below which the sites' states lie; default: beside the store
     workers:   sites trained at a time; above 1 in processes of their own, from names only
     order:     (round, sites) -> the order in which they train; no bit depends on it
     Raises QuorumLost where a round cannot be committed; what was committed stays, and a second call goes on from there.
     """
-    objects = ObjectStore(store or f"memory://fedflow-{uuid.uuid4().hex}")
+    objects = ObjectStore(store or f"memory://fedflow-{uuid.uuid4().hex}", store_options)
     given = dict(workloads) if isinstance(workloads, Mapping) else {}
     base = state or f"{objects.url}-states"
-    configs = {s: SiteConfig(name=s, store=objects.url, state=f"{base}/{s}") for s in workloads}
+    configs = {s: SiteConfig(name=s, store=objects.url, store_options=dict(store_options or {}), state=f"{base}/{s}") for s in workloads}
     journal = start_run(objects, run or f"{recipe.name}-{uuid.uuid4().hex[:8]}", recipe, sorted(configs))
     recipe = amend_run(journal, recipe, sites=sorted(configs))
     with ExitStack() as stack:
@@ -103,5 +104,5 @@ def _attempt(work: SiteWork, config: SiteConfig, **given: Any) -> str | None:
 
 def _pool(workers: int) -> ProcessPoolExecutor:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fedflow.engine"])
+    context.set_forkserver_preload(["fedflow.engine", "torch._dynamo"])  # the latter: what a first optimizer step imports
     return ProcessPoolExecutor(workers, mp_context=context)

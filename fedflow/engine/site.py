@@ -5,9 +5,13 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import os
 import resource
+import signal
 import tempfile
+import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
@@ -18,7 +22,7 @@ from torch import nn
 
 from fedflow import __version__
 from fedflow.algorithm import Algorithm
-from fedflow.errors import ObjectExists, ObjectMissing, OpeningClosed, SiteError, SiteStateLost
+from fedflow.errors import FedflowError, KeyEscapesRoot, ObjectExists, ObjectMissing, OpeningClosed, SiteError, SiteStateLost, UserError
 from fedflow.local.model import build_model
 from fedflow.local.training import LocalTrainer
 from fedflow.local.workload import check_workload
@@ -26,12 +30,12 @@ from fedflow.recipe import Recipe, SiteConfig
 from fedflow.registry import call, resolve
 from fedflow.store.journal import Journal
 from fedflow.store.objects import ObjectStore
-from fedflow.store.records import Opening, Plan, SiteStateRecord, UpdateManifest, finite, utc_now
+from fedflow.store.records import Failure, Opening, Plan, SiteStateRecord, UpdateManifest, finite, utc_now
 from fedflow.store.state import read_state, write_state
 from fedflow.store.tensors import read_tensors, write_tensors
 from fedflow.types import RoundContext, Update, derive_seed
 
-__all__ = ["SiteWork", "site_step"]
+__all__ = ["SiteWork", "failure_of", "hard_deadline", "site_step"]
 
 Progress = Callable[[int, int | None], None]
 
@@ -272,3 +276,47 @@ class _ClosingWatch:
             raise OpeningClosed(f"the deadline of opening {self.opening.number} passed", **place)  # type: ignore[arg-type]
         if self.journal.is_closed(self.plan, self.opening.number):
             raise OpeningClosed(f"opening {self.opening.number} was closed without this site", **place)  # type: ignore[arg-type]
+
+
+# -- when it fails -----------------------------------------------------------------------------------------------------
+def failure_of(work: SiteWork, site: str, error: BaseException) -> Failure:
+    """`error` as the site tells the coordinator: its reason, its traceback where fedflow did not foresee it."""
+    foreseen = isinstance(error, FedflowError)
+    return Failure(
+        site=site,
+        round=work.round,
+        phase=work.phase,
+        opening=work.opening,
+        attempt=work.attempt,
+        reason=(error.reason if isinstance(error, FedflowError) else f"{type(error).__name__}: {error}")[:2000],
+        traceback="" if foreseen else "".join(traceback.format_exception(error))[-20_000:],
+        heals=not isinstance(error, (UserError, SiteStateLost, OpeningClosed, KeyEscapesRoot)),
+    )
+
+
+@contextlib.contextmanager
+def hard_deadline(work: SiteWork, config: SiteConfig) -> Iterator[None]:
+    """Kill this process, after saying why in the store, if the body outlives train_timeout or the opening's deadline.
+
+    A thread with a timer, and SIGKILL: neither a long call into C nor a handler in the training code keeps it alive.
+    """
+    journal = Journal(ObjectStore(config.store, config.store_options), work.run)
+    _, opening = _plan_of(journal, work)
+    durations = journal.recipe({"allowed_imports": config.allowed_imports}).durations
+    assert durations.train_timeout and durations.heartbeat
+    left = min(durations.train_timeout, opening.deadline - utc_now() + durations.heartbeat)
+
+    def expire() -> None:
+        error = SiteError(f"killed after {left} (train_timeout, or the deadline of opening {work.opening})")
+        try:
+            journal.put_failure(failure_of(work, config.name, error))
+        finally:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    timer = threading.Timer(max(left.total_seconds(), 0.1), expire)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

@@ -23,6 +23,7 @@ from fedflow.store.records import (
     Attempt,
     Closing,
     Evaluation,
+    Failure,
     Manifest,
     Opening,
     Outcome,
@@ -121,6 +122,17 @@ class Journal:
 
     def attempts(self, plan: Plan) -> list[Attempt]:
         return self._read_all(f"{self._server_step(plan.round, plan.phase)}/attempts", Attempt)
+
+    # -- what the sites say
+    def put_failure(self, failure: Failure) -> Failure:
+        key = self._failure(failure.site, failure.round, failure.phase, failure.opening, failure.attempt)
+        return self._create(key, failure)
+
+    def failure(self, plan: Plan, site: SiteId, opening: int, attempt: int) -> Failure | None:
+        return self._read(self._failure(site, plan.round, plan.phase, opening, attempt), Failure)
+
+    def _failure(self, site: SiteId, round: int, phase: str, opening: int, attempt: int) -> str:
+        return f"sites/{site}/{self.run}/failures/{round:05d}.{phase}.{opening}.{attempt}.json"
 
     # -- commits
     def put_manifest(self, manifest: Manifest) -> Manifest:

@@ -16,6 +16,7 @@ import fcntl
 import os
 import re
 import stat
+import sys
 import tempfile
 import threading
 import unicodedata
@@ -25,6 +26,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from copy import copy
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
+from itertools import groupby
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, Protocol, Self
 from urllib.parse import quote
@@ -114,8 +116,9 @@ class ObjectRef:
     chunks: tuple[str, ...] = ()  # digest of each chunk, in order
 
     def __post_init__(self) -> None:
-        problem = _key_problem(self.key) or _ref_problem(self)
-        if problem:
+        if problem := _key_problem(self.key):
+            raise KeyEscapesRoot(f"not a reference to an object: {problem}")
+        if problem := _ref_problem(self):
             raise StoreError(f"not a reference to an object: {problem}")
 
     @classmethod
@@ -130,11 +133,11 @@ class ObjectRef:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         """The inverse of `to_json`. Raises StoreError for anything else, however it is malformed."""
-        try:
-            return cls(**{**data, "chunks": tuple(data["chunks"])})
-        except (TypeError, KeyError) as exc:
-            names = ", ".join(field.name for field in fields(cls))
-            raise StoreError(f"not a reference to an object: found {data!r}, expected the fields {names}") from exc
+        names = [field.name for field in fields(cls)]
+        if not isinstance(data, Mapping) or set(data) != set(names) or not isinstance(data["chunks"], list):
+            expected = f"the fields {', '.join(names)}, the last one a list"
+            raise StoreError(f"not a reference to an object: found {str(data)[:500]}, expected {expected}")
+        return cls(**{**data, "chunks": tuple(data["chunks"])})
 
 
 def _ref_problem(ref: ObjectRef) -> str | None:
@@ -360,18 +363,28 @@ class ObjectStore:
         more than `ref.size` bytes are read, whatever is there.
         """
         start, end = start or 0, ref.size if end is None else end
-        _check_range(ref.key, start, end)
-        if end > ref.size:
-            raise ValueError(f"{ref.key}: found the range {start} to {end}, expected one within {ref.size} bytes")
-        whole = not ref.chunks or (start, end) == (0, ref.size)
-        first = 0 if whole else start - start % ref.chunk_size
-        last = ref.size if whole else min(ref.size, -(-end // ref.chunk_size) * ref.chunk_size)
-        data = self._read_sized(ref, first, last)
-        if whole:
-            self._verify(ref, "", ref.digest, data)
-        else:
-            self._verify_chunks(ref, first, data)
-        return data if (first, last) == (start, end) else data[start - first : end - first]
+        if (start, end) != (0, ref.size):
+            return self.read_ranges(ref, [(start, end)])[0]
+        data = self._read_sized(ref, 0, ref.size)
+        self._verify(ref, "", ref.digest, data)
+        return data
+
+    def read_ranges(self, ref: ObjectRef, ranges: Ranges) -> Blocks:
+        """The same for several parts, reading a chunk that several of them touch only once."""
+        for start, end in ranges:
+            _check_range(ref.key, start, end)
+            if end > ref.size:
+                raise ValueError(f"{ref.key}: found the range {start} to {end}, expected one within {ref.size} bytes")
+        step, blocks = ref.chunk_size if ref.chunks else ref.size, [b""] * len(ranges)
+        touched = {chunk for start, end in ranges if start < end for chunk in range(start // step, -(-end // step))}
+        for chunks in _runs(touched):
+            first, last = chunks[0] * step, min(ref.size, (chunks[-1] + 1) * step)
+            data = self._read_sized(ref, first, last)
+            self._verify_chunks(ref, chunks, step, data)
+            for number, (start, end) in enumerate(ranges):
+                if first <= start < end <= last:
+                    blocks[number] = data[start - first : end - first]
+        return blocks
 
     def _read_sized(self, ref: ObjectRef, start: int, end: int) -> bytes:
         with self._errors("read", self._checked(ref.key)):
@@ -380,12 +393,11 @@ class ObjectStore:
             raise self._corrupt(ref.key, f"{ref.size} bytes ({ref.digest})", f"{size} bytes")
         return data
 
-    def _verify_chunks(self, ref: ObjectRef, first: int, data: bytes) -> None:
-        view = memoryview(data)
-        for offset in range(0, len(view), ref.chunk_size):
-            number = (first + offset) // ref.chunk_size
-            where = f" in chunk {number} of {len(ref.chunks)}"
-            self._verify(ref, where, ref.chunks[number], view[offset : offset + ref.chunk_size])
+    def _verify_chunks(self, ref: ObjectRef, chunks: Sequence[int], step: int, data: bytes) -> None:
+        expected, view = ref.chunks or (ref.digest,), memoryview(data)
+        for offset, chunk in enumerate(chunks):
+            where = f" in chunk {chunk} of {len(expected)}"
+            self._verify(ref, where, expected[chunk], view[offset * step : (offset + 1) * step])
 
     def _verify(self, ref: ObjectRef, where: str, expected: str, data: Data) -> None:
         found = digest(data)
@@ -399,8 +411,8 @@ class ObjectStore:
     def probe(self) -> None:
         """Try, on objects of its own, what a run relies on; raises a StoreError that says what the store lacks.
 
-        Write access, reading back, create-only that holds against a second writer and against a race of eight (who must
-        also see the winner's object whole at once), listing, deletion. On a local file system it removes the temporary
+        Write access, reading back, create-only that holds against a second writer and in a race (whose losers must
+        see the winner's object whole at once), listing, deletion. On a local file system it removes the temporary
         files that killed writers left more than a day ago.
         """
         key = f"{_PROBES}/{uuid4().hex}"
@@ -431,7 +443,7 @@ class ObjectStore:
             self._backend.delete(key)
 
     def _probe_race(self, key: str) -> None:
-        payloads = [bytes([number]) * (64 << 10) for number in range(8)]
+        payloads = [bytes([number]) * (64 << 10) for number in range(self._backend.probe_writers)]
         start = threading.Barrier(len(payloads))
 
         def contend(payload: bytes) -> tuple[bool, bytes]:
@@ -489,6 +501,12 @@ class ObjectStore:
             raise known from None  # the original may show credentials (a signed URL); `known` tells it without them
 
 
+def _runs(numbers: Iterable[int]) -> Iterator[Sequence[int]]:
+    """Runs of consecutive numbers: {1, 2, 5} gives [1, 2], [5]."""
+    for _, run in groupby(enumerate(sorted(numbers)), lambda item: item[1] - item[0]):
+        yield [number for _, number in run]
+
+
 def _check_range(key: str, start: int, end: int) -> None:
     if not 0 <= start <= end:
         raise ValueError(f"{key}: found the range {start} to {end}, expected 0 <= start <= end")
@@ -500,7 +518,8 @@ def _check_range(key: str, start: int, end: int) -> None:
 class _Backend(Protocol):
     """What a kind of store does with checked keys. Raises its own exceptions; `explain` turns them into ours."""
 
-    probe_races: int  # how often `probe` lets writers race
+    probe_races: int  # how often `probe` lets
+    probe_writers: int  # so many race
 
     def at(self, prefix: str) -> Self: ...
     def create(self, key: str, data: memoryview) -> None: ...  # exclusive
@@ -612,7 +631,7 @@ class _Local:
     first and writes then. Links that someone swaps during a call are not defended against.
     """
 
-    probe_races = 2
+    probe_races, probe_writers = 2, 8
 
     def __init__(self, root: str, publish: Publish | None = None) -> None:
         self._root, self._prefix = root.rstrip("/"), ""
@@ -793,15 +812,13 @@ def _read_at(file: IO[bytes], start: int, end: int) -> bytes:
 
 
 def _files(directory: str) -> Iterator[str]:
-    """Paths of the regular files below; links are not followed, temporary files left out."""
+    """Paths of the regular files below; links are not followed."""
     try:
         entries = os.scandir(directory)
     except (FileNotFoundError, NotADirectoryError):  # missing, or removed meanwhile
         return
     with entries:
         for entry in entries:
-            if entry.name.startswith(_RESERVED):
-                continue
             if entry.is_dir(follow_symlinks=False):
                 yield from _files(entry.path)
             elif entry.is_file(follow_symlinks=False):
@@ -855,7 +872,7 @@ def _durations(config: Mapping[str, Any]) -> Any:
 class _Cloud:
     """Objects behind obstore. Requests are short (`_DOWNLOAD`, `_UPLOAD`), so that their timeout says something."""
 
-    probe_races = 2
+    probe_races, probe_writers = 1, 4  # SeaweedFS makes the losers of a race wait for whole seconds
 
     def __init__(self, store: CloudStore, secrets: tuple[str, ...]) -> None:
         self._store, self._secrets, self._prefix = store, secrets, ""
@@ -887,28 +904,27 @@ class _Cloud:
         _obstore().put(self._store, self._prefix + key, parts, chunk_size=_UPLOAD, max_concurrency=_UPLOADS)
 
     def get(self, key: str) -> bytes:
-        found = _obstore().get(self._store, self._prefix + key)
-        if found.meta["size"] <= _DOWNLOAD:
-            return bytes(found.bytes())
-        return self._download(key, 0, found.meta["size"], found.meta["e_tag"])[0]
+        return self._download(key, 0, sys.maxsize)[0]
 
     def get_sized(self, key: str, start: int, end: int) -> tuple[bytes, int]:
         return self._download(key, start, end) if start < end else (b"", self.size(key))
 
-    def _download(self, key: str, start: int, end: int, e_tag: str | None = None) -> tuple[bytes, int]:
-        obs, blocks, size = _obstore(), [], end
+    def _download(self, key: str, start: int, end: int) -> tuple[bytes, int]:
+        """The bytes, as far as there are any, and the size; all from one version of the object."""
+        obs, blocks, size = _obstore(), list[Any](), end
+        options: dict[str, Any] = {}
         while start < min(end, size):
-            options: dict[str, Any] = {"range": (start, min(end, start + _DOWNLOAD))}
-            if e_tag:
-                options["if_match"] = e_tag
+            options["range"] = (start, min(end, start + _DOWNLOAD))
             try:
                 found = obs.get(self._store, self._prefix + key, options=options)
             except obs.exceptions.GenericError as exc:
-                if _status(exc) == 416:  # range not satisfiable: begins behind the end
+                if _status(exc) == 416:  # begins behind the end
                     return b"", self.size(key)
                 raise
             blocks.append(found.bytes())
-            start, size, e_tag = start + _DOWNLOAD, found.meta["size"], found.meta["e_tag"]
+            start, size = start + _DOWNLOAD, found.meta["size"]
+            if found.meta["e_tag"]:
+                options["if_match"] = found.meta["e_tag"]
         return b"".join(blocks), size
 
     def get_ranges(self, key: str, ranges: Ranges) -> Blocks:
@@ -1017,7 +1033,7 @@ class _Fsspec:
     def __init__(self, fs: Any, root: str, secrets: tuple[str, ...], lock: threading.Lock | None = None) -> None:
         self._fs, self._root, self._secrets = fs, root.rstrip("/"), secrets
         self._lock: AbstractContextManager[Any] = lock or nullcontext()
-        self.probe_races = 2 if lock else 8
+        self.probe_races, self.probe_writers = (2 if lock else 8), 8
 
     def at(self, prefix: str) -> Self:
         clone = copy(self)

@@ -19,6 +19,7 @@ __all__ = [
     "Closing",
     "Contribution",
     "Evaluation",
+    "Failure",
     "Manifest",
     "Opening",
     "Outcome",
@@ -173,6 +174,19 @@ class UpdateManifest(_Record):
             mode="json", exclude={"opening", "attempt", "seconds", "peak_rss", "numerics", "fedflow"}
         )
         return f"blake3:{blake3(canonical_json(parts)).hexdigest()}"
+
+
+class Failure(_Record):
+    """`sites/<site>/<run>/failures/…json`: why an attempt failed, as the site tells it. heals: whether a retry may help."""
+
+    site: SiteId
+    round: int
+    phase: str
+    opening: int
+    attempt: int
+    reason: str
+    traceback: str = ""
+    heals: bool
 
 
 class Contribution(_Record):

@@ -1,0 +1,118 @@
+"""`fedflow plot`, `export`, `init`: commands that write files."""
+
+from __future__ import annotations
+
+import importlib.util
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedflow.cli.looking import Store, find_journal
+from fedflow.cli.options import HOME, Home, RunId
+from fedflow.cli.text import metrics
+from fedflow.errors import UserError, field_error
+
+if TYPE_CHECKING:
+    from fedflow.engine.summary import RunSummary
+
+__all__ = ["export", "init", "plot"]
+
+
+def plot(
+    run_id: RunId,
+    out: Annotated[
+        Path | None, typer.Argument(metavar="OUT", help="A .png, .svg or .pdf. Default: <home>/plots/<run>.png.")
+    ] = None,
+    home: Home = HOME,
+    store: Store = None,
+) -> None:
+    """Draw RUN: metrics per round and site, best round, exclusions."""
+    from fedflow.engine.summary import summarize
+    from fedflow.plot import plot_run
+
+    typer.echo(plot_run(summarize(find_journal(run_id, home, store)), out or home / "plots" / f"{run_id}.png"))
+
+
+def export(
+    run_id: RunId,
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="A .safetensors file, or a .pt with a PyTorch state dict.")
+    ],
+    best: Annotated[bool, typer.Option("--best", help="The model of the round with the best key metric.")] = False,
+    round: Annotated[
+        int | None, typer.Option("--round", min=0, metavar="N", help="The model of this round. Default: the last.")
+    ] = None,
+    home: Home = HOME,
+    store: Store = None,
+) -> None:
+    """Write a global model of RUN into a file."""
+    from fedflow.engine.export import check_target, export_model
+    from fedflow.engine.summary import summarize
+
+    check_target(out)
+    journal = find_journal(run_id, home, store)
+    summary = summarize(journal)
+    chosen = summary.rounds[_choose(summary, best, round)]
+    notes = export_model(journal, chosen.round, out)
+    typer.echo(
+        f"{out}: round {chosen.round}  {metrics(chosen.shown, summary.recipe.key_metric.name)}  {chosen.model_digest}"
+    )
+    for note in notes:
+        typer.echo(f"note: {note}", err=True)
+
+
+def _choose(summary: RunSummary, best: bool, round: int | None) -> int:
+    """Which round's model is meant."""
+    if best and round is not None:
+        raise UserError(field_error("--best, --round", round, "one of the two", "leave one out"))
+    if not summary.rounds:
+        raise UserError(f"{summary.run}: found no committed round, expected at least one; resume the run")
+    if best and summary.best is None:
+        name = summary.recipe.key_metric.name
+        fix = "give --round, or let the workload or the evaluation report it"
+        raise UserError(field_error("--best", sorted(summary.metrics), f"the key metric {name!r} in a round", fix))
+    if round is not None and round >= len(summary.rounds):
+        raise UserError(
+            field_error("--round", round, f"a round from 0 to {len(summary.rounds) - 1}", "choose one of them")
+        )
+    return summary.best if best and summary.best is not None else len(summary.rounds) - 1 if round is None else round
+
+
+# -- init --------------------------------------------------------------------------------------------------------------
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where the project goes; made if it is not there.")],
+) -> None:
+    """Lay out a project that runs as it is.
+
+    Handwritten digits at four sites. Nothing that is there is overwritten.
+    """
+    try:
+        _copy(files("fedflow") / "template", folder)
+    except OSError as error:
+        raise UserError(field_error("DIR", str(folder), "a folder that can be written", f"{error.strerror}")) from error
+    recipe = folder / "recipe.yaml"
+    typer.echo("next:")
+    if importlib.util.find_spec("sklearn") is None:
+        typer.echo("  pip install 'fedflow[examples]'   # scikit-learn, for its images")
+    typer.echo(f"  fedflow run {recipe}             # simulated here")
+    typer.echo(f"  fedflow run {recipe} --env poc   # with a Prefect server and a worker per site")
+
+
+def _copy(source: Traversable, target: Path) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    for entry in sorted(source.iterdir(), key=lambda entry: entry.name):
+        path = target / entry.name
+        if entry.name == "__pycache__":
+            continue
+        if entry.is_dir():
+            _copy(entry, path)
+            continue
+        try:
+            with path.open("xb") as file:
+                file.write(entry.read_bytes())
+            typer.echo(f"wrote {path}")
+        except FileExistsError:
+            typer.echo(f"kept  {path}, which was there")

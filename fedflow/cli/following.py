@@ -1,0 +1,182 @@
+"""Following a started run to its end: progress, Ctrl-C, the result, the exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.text import Text
+
+from fedflow.cli.options import HOME
+from fedflow.cli.progress import LiveProgress, PlainProgress, Progress, Silent, write_line
+from fedflow.cli.text import metric, one_line
+from fedflow.cli.watching import Watch
+from fedflow.engine.summary import RunSummary
+from fedflow.errors import FedflowError, RunMissing, StoreError, UserError
+from fedflow.store.journal import Journal
+
+if TYPE_CHECKING:
+    from fedflow.environments import Run
+    from fedflow.store.objects import ObjectStore
+
+__all__ = ["View", "committed_rounds", "follow", "resume_command"]
+
+
+@dataclass(frozen=True)
+class View:
+    """How a run is shown. home: where its plot goes; as_json: all but one object goes to stderr."""
+
+    home: Path
+    as_json: bool = False
+    quiet: bool = False
+
+    def console(self) -> Console:
+        return Console(stderr=self.as_json, highlight=False)
+
+
+def follow(environment: Any, run: Run, before: int, view: View) -> int:
+    """Show `run` until it ends; returns the exit code. before: rounds that were committed when it was started.
+
+    Ctrl-C, or SIGTERM, aborts the run. Raises FedflowError, with what stopped it, where the run did not train as asked.
+    """
+    console, watch = view.console(), Watch(run.journal)
+    _catch_up(watch, run, before)
+    with _interruptible(), _progress(console, environment, run, before, view) as progress:
+
+        def tick(run: Run, *, last: bool = False) -> None:
+            with contextlib.suppress(
+                StoreError
+            ):  # an outage of the store is the coordinator's matter; look again later
+                progress.show(watch, watch.look(run, last=last))
+
+        try:
+            run.wait(on_tick=tick)
+            tick(run, last=True)
+        except KeyboardInterrupt:
+            write_line(console, Text("stopping the run …", style="yellow"))
+            run.abort()
+    return _conclude(environment, run, view, console)
+
+
+def committed_rounds(store: ObjectStore, run: str) -> int:
+    """How many rounds of `run` are committed; 0 where there is no such run."""
+    journal = Journal(store, run)
+    try:
+        last = journal.recipe().algorithm.phases[-1]
+    except RunMissing:
+        return 0
+    return sum(phase == last for _, phase in journal.committed())
+
+
+def resume_command(run: str, home: Path) -> str:
+    """What the user types to go on with `run`."""
+    return f"fedflow resume {run}" + ("" if home == HOME else f" --home {home}")
+
+
+# -- while it goes on --------------------------------------------------------------------------------------------------
+def _catch_up(watch: Watch, run: Run, before: int) -> None:
+    """Rounds of an earlier start are known, but not shown as new."""
+    if before:
+        watch.look(run, last=True)
+        del watch.rounds[before:]
+
+
+@contextlib.contextmanager
+def _progress(console: Console, environment: Any, run: Run, before: int, view: View) -> Iterator[Progress]:
+    header = _header(environment, run, before)
+    live = console.is_terminal and not console.is_dumb_terminal
+    if not view.quiet and not live:
+        write_line(console, Text(header))
+    progress = Silent() if view.quiet else LiveProgress(console, header) if live else PlainProgress(console)
+    with progress:
+        yield progress
+
+
+def _header(environment: Any, run: Run, before: int) -> str:
+    parts = [run.id, environment.kind, f"{len(environment.federation.sites)} sites"]
+    if before:
+        parts.append(f"resumed after {before} rounds")
+    return " · ".join([*parts, run.backend.ui() or f"store {run.store.url}"])
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGTERM means the same as Ctrl-C."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+# -- the end -----------------------------------------------------------------------------------------------------------
+def _conclude(environment: Any, run: Run, view: View, console: Console) -> int:
+    try:
+        summary: RunSummary | None = run.summary()
+    except RunMissing:
+        summary = None
+    if summary is not None and summary.rounds:
+        _show_result(environment, run, summary, view, console)
+    if view.as_json:
+        print(json.dumps(summary.as_json() if summary else _never_started(run.id), allow_nan=False), flush=True)
+    if summary is None or summary.status != "finished":
+        raise FedflowError(f"{_why(run, summary)}; `{resume_command(run.id, view.home)}` goes on", run=run.id)
+    return 0
+
+
+def _never_started(run: str) -> dict[str, object]:
+    nothing: dict[str, object] = {"run_id": run, "status": "failed", "rounds": 0, "model_digest": None, "metrics": {}}
+    return {**nothing, "best_round": None, "message": "the run did not start"}
+
+
+def _why(run: Run, summary: RunSummary | None) -> str:
+    """What stopped the run, in one line."""
+    tail = one_line("\n".join(list(run.logs())[-1:]))
+    if summary is None:
+        return f"the run did not start; its log ends with {tail!r}, `fedflow logs {run.id}` shows all of it"
+    done = f"after {len(summary.rounds)} of {summary.recipe.rounds} rounds"
+    if summary.status == "failed" and summary.last:
+        return f"failed {done}: {one_line(summary.last.message)}"
+    if summary.status == "aborted":
+        return f"aborted {done}"
+    return f"its coordinator stopped {done}; its log ends with {tail!r}"
+
+
+def _show_result(environment: Any, run: Run, summary: RunSummary, view: View, console: Console) -> None:
+    lines = [("", f"{summary.run} {summary.status}: {len(summary.rounds)} rounds")]
+    lines += _key_metric_lines(summary)
+    lines.append(("model", summary.model_digest or ""))
+    if plot := _plot(summary, view.home):
+        lines.append(("plot", str(plot)))
+    if command := environment.ui_command(run):
+        lines.append(("look at it", command))
+    width = max(len(name) for name, _ in lines)
+    for name, value in lines:
+        write_line(
+            console, Text.assemble((f"  {name:<{width}}  ", "dim"), value) if name else Text(value, style="bold")
+        )
+
+
+def _key_metric_lines(summary: RunSummary) -> list[tuple[str, str]]:
+    name = summary.recipe.key_metric.name
+    if summary.best is None:
+        return []
+    last, best = summary.rounds[-1], summary.rounds[summary.best]
+    text = f"{metric(last.shown.get(name))} last model (round {last.round}), "
+    return [(name, text + f"{metric(best.shown.get(name))} best model (round {best.round})")]
+
+
+def _plot(summary: RunSummary, home: Path) -> Path | None:
+    """Where the run's plot lies; None where matplotlib is missing."""
+    from fedflow.plot import plot_run
+
+    try:
+        return plot_run(summary, home / "plots" / f"{summary.run}.png")
+    except UserError:
+        return None

@@ -1,0 +1,226 @@
+"""`fedflow run`, `resume`, `extend`, `abort`: commands that start and stop training."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from fedflow.cli.options import HOME, AsJson, FederationFile, Home, Quiet, RecipeFile, RunId, StoreUrl
+from fedflow.errors import RecipeError, UserError, field_error
+
+if TYPE_CHECKING:
+    from fedflow.recipe import Federation, Recipe
+    from fedflow.store.journal import Journal
+
+__all__ = ["abort", "extend", "load_federation", "load_recipe", "resume", "run"]
+
+Kind = Literal["sim", "poc", "prod"]
+
+Rounds = Annotated[int | None, typer.Option("--rounds", min=1, metavar="N", help="So many rounds in all.")]
+KeepServer = Annotated[
+    bool, typer.Option("--keep-server", help="poc: leave the Prefect server running, to look at the run in its UI.")
+]
+
+
+def run(
+    recipe: RecipeFile,
+    env: Annotated[
+        Kind,
+        typer.Option(
+            "--env",
+            help="sim: in one process here. poc: a Prefect server and a worker per site, started here. prod: your server and your sites.",
+        ),
+    ] = "sim",
+    federation: FederationFile = None,
+    store: StoreUrl = None,
+    run_id: Annotated[
+        str | None, typer.Option("--run-id", metavar="ID", help="A name for the run; one that exists is resumed.")
+    ] = None,
+    home: Home = HOME,
+    keep_server: KeepServer = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train RECIPE and show its rounds. Ctrl-C stops it; `fedflow resume` goes on.
+
+    Exit code 0 only if the run trained as asked; 1 if it failed or was stopped; 2 for a mistake in what was given.
+    """
+    from fedflow.cli.following import View, committed_rounds, follow
+    from fedflow.environments import make
+
+    spec = load_recipe(recipe)
+    sites = load_federation(federation, recipe)
+    with _closing(make(env, federation=sites, store=store, home=home), keep_server) as environment:
+        before = committed_rounds(environment.store, run_id) if run_id else 0
+        handle = environment.execute(spec, run_id=run_id)
+        raise typer.Exit(follow(environment, handle, before, View(home, as_json, quiet)))
+
+
+def resume(
+    run_id: RunId,
+    rounds: Rounds = None,
+    quorum: Annotated[
+        int | None, typer.Option("--quorum", min=1, metavar="N", help="So many updates close a round.")
+    ] = None,
+    timeout: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--timeout", metavar="NAME=DURATION", help="Change a timeout: round_deadline=20m. May be repeated."
+        ),
+    ] = None,
+    add_site: Annotated[
+        list[str] | None, typer.Option("--add-site", metavar="SITE", help="A site that joins the run. May be repeated.")
+    ] = None,
+    home: Home = HOME,
+    keep_server: KeepServer = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Go on with RUN from its last committed round.
+
+    Updates that have arrived since count. What the options change is written into the run's journal.
+    """
+    from fedflow.environments import recall
+
+    changes: dict[str, Any] = {"rounds": rounds, "quorum": quorum}
+    changes = {field: value for field, value in changes.items() if value is not None}
+    with _closing(recall(run_id, home), keep_server) as environment:
+        _amend(environment, run_id, changes, timeouts=timeout or [], sites=add_site or [])
+        _go_on(environment, run_id, home, as_json, quiet)
+
+
+def extend(
+    run_id: RunId,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, metavar="N", help="So many rounds in all.")],
+    home: Home = HOME,
+    keep_server: KeepServer = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train RUN for more rounds than its recipe asked for."""
+    from fedflow.environments import recall
+    from fedflow.store.journal import Journal
+
+    with _closing(recall(run_id, home), keep_server) as environment:
+        _check_extension(Journal(environment.store, run_id), rounds)
+        _amend(environment, run_id, {"rounds": rounds})
+        _go_on(environment, run_id, home, as_json, quiet)
+
+
+def abort(run_id: RunId, home: Home = HOME) -> None:
+    """Stop RUN and everything that works on it. What is committed stays, and `fedflow resume` goes on from there."""
+    from fedflow.cli.following import resume_command
+    from fedflow.environments import recall
+
+    with recall(run_id, home) as environment:
+        handle = environment.attach(run_id)
+        if handle.status() != "running":
+            typer.echo(f"{run_id} is not running ({handle.status()})")
+            return
+        handle.abort()
+        typer.echo(f"{run_id} is stopped; `{resume_command(run_id, home)}` goes on from its last committed round")
+
+
+# -- reading what was given --------------------------------------------------------------------------------------------
+def load_recipe(path: Path) -> Recipe:
+    """The recipe; code beside it is found from here on, and by every process that is started."""
+    from fedflow.recipe import Recipe
+
+    folder = str(path.resolve().parent)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    return Recipe.load(path)
+
+
+def load_federation(path: Path | None, recipe: Path) -> Federation:
+    """The federation of that file, or the one beside the recipe."""
+    from fedflow.recipe import Federation
+
+    beside = recipe.parent / "federation.yaml"
+    if path is None and not beside.exists():
+        fix = f"write {beside} with `sites: [site-1, site-2]`, or name another file with --federation"
+        raise RecipeError(field_error("--federation", None, "a file with the sites", fix))
+    return Federation.load(path or beside)
+
+
+# -- going on ----------------------------------------------------------------------------------------------------------
+def _go_on(environment: Any, run_id: str, home: Path, as_json: bool, quiet: bool) -> None:
+    from fedflow.cli.following import View, committed_rounds, follow
+
+    before = committed_rounds(environment.store, run_id)
+    handle = environment.resume(run_id)
+    raise typer.Exit(follow(environment, handle, before, View(home, as_json, quiet)))
+
+
+def _amend(
+    environment: Any,
+    run_id: str,
+    changes: dict[str, Any],
+    *,
+    timeouts: list[str] | None = None,
+    sites: list[str] | None = None,
+) -> None:
+    """Write changes of a run into its journal. Raises RecipeError where they contradict each other."""
+    from pydantic import ValidationError
+
+    from fedflow.cli.following import committed_rounds
+    from fedflow.engine import amend_run
+    from fedflow.recipe import FederationSite, explain
+    from fedflow.store.journal import Journal
+
+    journal = Journal(environment.store, run_id)
+    done = committed_rounds(environment.store, run_id)
+    if changes.get("rounds", done) < done:
+        fix = f"give {done} or more"
+        raise UserError(
+            field_error("--rounds", changes["rounds"], f"at least the {done} rounds that are committed", fix)
+        )
+    if timeouts:
+        changes["timeouts"] = {**journal.recipe().timeouts.model_dump(), **dict(_timeout(text) for text in timeouts)}
+    try:
+        joining = [FederationSite(name=site).name for site in sites or []]
+        amend_run(journal, sites=joining, **changes)
+    except ValidationError as error:
+        raise RecipeError(f"{run_id}: {explain(error)}") from error
+
+
+def _timeout(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise UserError(field_error("--timeout", text, "NAME=DURATION", "write it like round_deadline=20m"))
+    return name, value
+
+
+def _check_extension(journal: Journal, rounds: int) -> None:
+    """Raises UserError where `rounds` in all would train nothing more."""
+    from fedflow.engine.rounds import key_metrics, stops_early
+
+    recipe = journal.recipe()
+    if rounds <= recipe.rounds:
+        fix = f"give more than {recipe.rounds}"
+        raise UserError(field_error("--rounds", rounds, f"more rounds in all than the run's {recipe.rounds}", fix))
+    values = key_metrics(journal, recipe)
+    if stops_early(values, recipe):
+        raise UserError(
+            f"{journal.run}: found it stopped by early_stop after {len(values)} rounds, expected a run that reached its last round; "
+            "start a new run with its exported model as the checkpoint and another early_stop"
+        )
+
+
+@contextmanager
+def _closing(environment: Any, keep_server: bool) -> Iterator[Any]:
+    """`environment`, closed in the end unless its server is to stay."""
+    if keep_server and environment.kind != "poc":
+        raise UserError(
+            field_error("--keep-server", environment.kind, "the environment poc, which starts a server", "leave it out")
+        )
+    try:
+        yield environment
+    finally:
+        if not keep_server:
+            environment.close()

@@ -1,0 +1,89 @@
+"""Calls in a child process that a timeout really ends. Only JSON goes in and comes out."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+from fedflow import errors
+from fedflow.engine.aggregation import evaluate_round
+from fedflow.engine.rounds import commit_round
+from fedflow.errors import FedflowError, RoundError
+from fedflow.store.journal import Journal
+from fedflow.store.objects import ObjectStore
+
+__all__ = ["aggregate_in_child", "evaluate_in_child", "warm_up"]
+
+_context = multiprocessing.get_context("forkserver")
+
+
+def warm_up() -> None:
+    """Have the fork server import everything once; a child then starts in milliseconds."""
+    _context.set_forkserver_preload(["fedflow.engine.child"])
+
+
+def aggregate_in_child(store: str, options: dict[str, Any], run: str, round: int, phase: str, opening: int, *, timeout: float) -> None:
+    """Aggregate and commit a closed phase. Raises what `commit_round` raises, and RoundError at the timeout."""
+    _call("aggregate", [store, options, run, round, phase, opening], timeout)
+
+
+def evaluate_in_child(store: str, options: dict[str, Any], run: str, round: int, phase: str, *, timeout: float) -> None:
+    """Evaluate a committed round at the server."""
+    _call("evaluate", [store, options, run, round, phase], timeout)
+
+
+def _aggregate(store: str, options: dict[str, Any], run: str, round: int, phase: str, opening: int) -> None:
+    journal = Journal(ObjectStore(store, options), run)
+    plan = journal.plan(round, phase)
+    closing = journal.closing(plan, opening) if plan else None
+    assert plan is not None and closing is not None
+    commit_round(journal, plan, closing)
+
+
+def _evaluate(store: str, options: dict[str, Any], run: str, round: int, phase: str) -> None:
+    journal = Journal(ObjectStore(store, options), run)
+    manifest = journal.manifest(round, phase)
+    assert manifest is not None
+    evaluate_round(journal, manifest)
+
+
+_CALLS: dict[str, Callable[..., None]] = {"aggregate": _aggregate, "evaluate": _evaluate}
+
+
+def _call(name: str, args: list[Any], timeout: float) -> None:
+    ours, theirs = _context.Pipe(duplex=False)
+    process = _context.Process(target=_serve, args=(name, json.dumps(args), theirs), daemon=True)
+    process.start()
+    theirs.close()
+    process.join(timeout)
+    if process.is_alive():
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        raise RoundError(f"{name}: killed after {timeout:g} s; give it longer (round_deadline) or a faster store")
+    answer = json.loads(ours.recv_bytes()) if ours.poll() else {"error": "RoundError", "text": f"its process died with exit code {process.exitcode}"}
+    ours.close()
+    if answer:
+        raise _error(name, answer)
+
+
+def _error(name: str, answer: dict[str, Any]) -> FedflowError:
+    cls = getattr(errors, answer["error"], RoundError)
+    return cls(answer["text"], **answer.get("place", {})) if issubclass(cls, FedflowError) else RoundError(f"{name}: {answer['text']}")
+
+
+def _serve(name: str, args: str, answer: Connection) -> None:
+    try:
+        _CALLS[name](*json.loads(args))
+        said: dict[str, Any] = {}
+    except FedflowError as error:
+        said = {"error": type(error).__name__, "text": error.reason, "place": {"run": error.run, "round": error.round, "site": error.site}}
+    except Exception:
+        said = {"error": "RoundError", "text": traceback.format_exc()}
+    answer.send_bytes(json.dumps(said).encode())

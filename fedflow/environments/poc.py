@@ -1,0 +1,190 @@
+"""PocEnv: a real Prefect server and one worker a site on this machine, started and stopped for you."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Self
+
+import httpx
+import yaml
+
+from fedflow.environments.base import DEFAULT_HOME, Run
+from fedflow.environments.local import child_environment, stop_group
+from fedflow.environments.prod import ProdEnv
+from fedflow.errors import UnreachableError
+from fedflow.prefect import site_worker
+from fedflow.recipe import Federation, Recipe, SiteConfig
+
+__all__ = ["PocEnv", "Server"]
+
+QUIET = {
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "DO_NOT_TRACK": "1",
+    "PREFECT_CLI_PROMPT": "false",
+    "PREFECT_LOGGING_SERVER_LEVEL": "WARNING",
+    "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false",
+}
+SERVER = {
+    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_READ_BATCH_SIZE": "100",
+    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "100",
+}
+CLIENT = {"PREFECT_CLIENT_MAX_RETRIES": "8", "PREFECT_WORKER_QUERY_SECONDS": "1", "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30"}
+
+
+def clean_environment(**more: str) -> dict[str, str]:
+    """This process's environment for a child, without the user's own Prefect settings."""
+    return {k: v for k, v in child_environment(**more).items() if not k.startswith("PREFECT_") or k in more}
+
+
+class Server:
+    """A Prefect server on a free port of this machine, with a home of its own; SQLite unless told otherwise."""
+
+    def __init__(self, home: Path, *, port: int | None = None) -> None:
+        self.home, self.port = home, port or free_port()
+        self.url = f"http://127.0.0.1:{self.port}/api"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self, timeout: float = 120.0) -> None:
+        """Returns when it answers. Raises UnreachableError with the end of its log where it does not."""
+        self.home.mkdir(parents=True, exist_ok=True)
+        log = self.home / "server.log"
+        args = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(self.port)]
+        self._process = _spawn(args, log, clean_environment(**self.environment(), **SERVER))
+        until = time.monotonic() + timeout
+        while time.monotonic() < until and self._process.poll() is None:
+            with contextlib.suppress(httpx.HTTPError):
+                if httpx.get(f"{self.url}/health", timeout=2).status_code == 200:
+                    return
+            time.sleep(0.1)
+        self.stop()
+        raise UnreachableError(f"Prefect server: found no answer at {self.url}, expected one within {timeout:g} s; its log ends:\n{_tail(log)}")
+
+    def environment(self) -> dict[str, str]:
+        """Settings of everything that talks to this server."""
+        return {"PREFECT_HOME": str(self.home), "PREFECT_API_URL": self.url, **QUIET, **CLIENT}
+
+    def stop(self) -> None:
+        if self._process is not None:
+            _stop(self._process)
+            self._process = None
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+
+class PocEnv(ProdEnv):
+    """`federation` on this machine: everything that a deployment has, on free ports, in folders below `home`.
+
+    It never touches the user's own Prefect configuration. Servers and workers start with the first run and stop with
+    `close()`, or at the end of a `with` block; what they recorded stays in `home` and is there again the next time.
+    """
+
+    kind = "poc"
+
+    def __init__(self, federation: Federation | int = 4, *, store: str | None = None, home: str | Path = DEFAULT_HOME) -> None:
+        self.home = Path(home).resolve()
+        wanted = Federation.of(federation) if isinstance(federation, int) else federation
+        placed = wanted.model_copy(update={"store": store or wanted.store or str(self.home / "store")})
+        self.server = Server(self.home / "prefect")
+        self._workers: list[subprocess.Popen[bytes]] = []
+        super().__init__(placed, home=self.home, api_url=self.server.url)
+
+    def execute(self, recipe: Recipe, *, run_id: str | None = None) -> Run:
+        self.start(recipe)
+        return super().execute(recipe, run_id=run_id)
+
+    def resume(self, run_id: str) -> Run:
+        self.start(None)
+        return super().resume(run_id)
+
+    def attach(self, run_id: str) -> Run:
+        self.start_server()
+        return super().attach(run_id)
+
+    def start_server(self) -> None:
+        """The server alone: enough to look at runs."""
+        if self.server._process is None:
+            self.server.start()
+
+    def start(self, recipe: Recipe | None) -> None:
+        """Server, deployments, one worker a site and the coordinator's; nothing where they run already."""
+        self.start_server()
+        self.deploy(recipe)
+        if self._workers:
+            return
+        common = self.server.environment()
+        self._spawn_worker("coordinator", site_worker.command(self.federation.coordinator_pool, "coordinator"), common)
+        for site in self.federation.sites:
+            config, path = self._site_config(site.name)
+            args = site_worker.command(config.work_pool, site.name)
+            self._spawn_worker(site.name, args, common | site_worker.environment(config, path))
+
+    def _spawn_worker(self, name: str, args: list[str], env: dict[str, str]) -> None:
+        self._workers.append(_spawn(args, self.home / "logs" / f"worker-{name}.log", clean_environment(**env)))
+
+    def _site_config(self, name: str) -> tuple[SiteConfig, Path]:
+        site = next(s for s in self.federation.sites if s.name == name)
+        folder = self.home / "sites" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        assert self.federation.store is not None
+        config = SiteConfig(
+            name=name,
+            pool=site.work_pool,
+            store=self.federation.store,
+            store_options=self.federation.store_options,
+            state=site.state or str(folder / "state"),
+        )
+        path = folder / "site.yaml"
+        path.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_defaults=True), sort_keys=False))
+        return config, path
+
+    def ui_command(self, run: Run) -> str | None:
+        return f"fedflow ui {run.id}" + ("" if self.home == DEFAULT_HOME.resolve() else f" --home {self.home}")
+
+    def close(self) -> None:
+        """Stop workers and server, and all that they started."""
+        for worker in self._workers:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(worker.pid, signal.SIGINT)
+        for worker in self._workers:
+            _stop(worker)
+        self._workers = []
+        self.server.stop()
+
+
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _spawn(args: list[str], log: Path, env: dict[str, str]) -> subprocess.Popen[bytes]:
+    """A background process in a group of its own, its output appended to `log`."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as output:
+        return subprocess.Popen(args, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=env, start_new_session=True)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End a process and its group; it is gone when this returns."""
+    if process.poll() is None:
+        stop_group(process.pid, signal.SIGTERM, gone=lambda: process.poll() is not None)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _tail(path: Path, lines: int = 10) -> str:
+    return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])

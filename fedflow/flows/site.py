@@ -1,0 +1,62 @@
+"""At a site: local training for one phase of one round."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+from prefect import flow, get_run_logger
+from prefect.client.schemas.objects import State
+from prefect.states import Cancelled, Completed
+
+from fedflow.engine.site import SiteWork, failure_of, hard_deadline, site_step
+from fedflow.errors import OpeningClosed, RecipeError, SiteError
+from fedflow.prefect.artifacts import flat
+from fedflow.prefect.dispatch import SITE_FLOW
+from fedflow.recipe import SiteConfig
+from fedflow.store.journal import Journal
+from fedflow.store.objects import ObjectStore
+
+
+@flow(name=SITE_FLOW, description="Local training at a site, for one round.", persist_result=False)
+def local_training(run: str, round: int, phase: str, opening: int, attempt: int, site: str) -> State[None]:
+    """Train as the plan says and put the update into the store. The site's own configuration decides where and on what.
+
+    Returns nothing but a state: what counts is the update's manifest. A failure is written into the store with its
+    traceback before the flow run fails.
+    """
+    log = get_run_logger()
+    config = site_config()
+    if site != config.name:
+        raise SiteError(f"site: found {site!r}, expected {config.name!r}, who I am; correct the deployment's work pool")
+    work = SiteWork(run, round, phase, opening, attempt)
+    reported = time.monotonic()
+
+    def progress(done: int, planned: int | None) -> None:
+        nonlocal reported
+        if time.monotonic() - reported >= 10:
+            reported = time.monotonic()
+            log.info("step %d%s", done, f" of {planned}" if planned else "")
+
+    try:
+        with hard_deadline(work, config):
+            update = site_step(work, config, progress=progress)
+    except OpeningClosed as error:
+        return Cancelled(message=str(error))
+    except BaseException as error:
+        journal = Journal(ObjectStore(config.store, config.store_options), run)
+        journal.put_failure(failure_of(work, site, error))
+        raise
+    log.info("%d steps on %d examples in %.1f s: %s", update.steps, update.examples, update.seconds, flat(update.metrics))
+    return Completed(message=f"update {update.update_digest()}")
+
+
+def site_config() -> SiteConfig:
+    """This site's configuration, from the file that the worker's environment names."""
+    path = os.environ.get(SiteConfig.environment_variable)
+    if not path:
+        raise RecipeError(f"{SiteConfig.environment_variable}: not set here, expected the path of the site's configuration; start the worker with `fedflow site start --config FILE`")
+    config = SiteConfig.load(path)
+    sys.path[:0] = [p for p in config.python_path if p not in sys.path]
+    return config

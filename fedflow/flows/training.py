@@ -1,0 +1,110 @@
+"""A run: rounds until the recipe is done, each a flow run of its own."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from prefect import Flow, flow, get_run_logger, runtime, tags
+from prefect.client.schemas.objects import FlowRun, State
+
+from fedflow.engine.child import warm_up
+from fedflow.engine.rounds import amend_run, next_step, recording_outcome, start_run
+from fedflow.engine.summary import summarize
+from fedflow.flows.round import federated_round, journal_of
+from fedflow.prefect.api import absent_sites, cancel, connect, find_runs, run_tag, training_tag
+from fedflow.prefect.artifacts import publish_progress, publish_report
+from fedflow.prefect.deploy import TRAINING_FLOW
+from fedflow.recipe import Federation, Recipe
+from fedflow.store.journal import Journal
+from fedflow.store.records import Outcome, utc_now
+
+
+def _run_id() -> str:
+    """The run's name: as given, or the recipe's with the beginning of this flow run's id."""
+    return _named(runtime.flow_run.parameters, runtime.flow_run.id)
+
+
+def _named(parameters: dict[str, Any], flow_run_id: object) -> str:
+    recipe = parameters["recipe"]
+    name = recipe.name if isinstance(recipe, Recipe) else recipe["name"]
+    return str(parameters.get("run_id") or f"{name}-{str(flow_run_id)[:8]}")
+
+
+def _stop_children(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any]) -> None:
+    """However this flow run ends: nothing that it started at a site goes on."""
+    with connect() as client:
+        cancel(client, find_runs(client, training_tag(flow_run.id)), f"its training {flow_run.name} ended {state.name}")
+
+
+def _record_abort(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any]) -> None:
+    """A person cancelled: say so in the journal too."""
+    federation = Federation.model_validate(flow_run.parameters["federation"])
+    journal = journal_of(federation, _named(flow_run.parameters, flow_run.id))
+    number = len(journal.outcomes()) + 1
+    journal.put_outcome(Outcome(number=number, status="aborted", message=state.message or "cancelled", at=utc_now()))
+
+
+@flow(
+    name=TRAINING_FLOW,
+    flow_run_name=_run_id,
+    description="A federated training: a recipe over a federation, round by round, from wherever it stands.",
+    persist_result=False,
+    on_cancellation=[_stop_children, _record_abort],
+    on_crashed=[_stop_children],
+    on_failure=[_stop_children],
+)
+def training(recipe: Recipe, federation: Federation, run_id: str | None = None) -> None:
+    """Train `recipe` over the sites of `federation`; a run of that id is continued from its last committed round.
+
+    run_id: names the run; default: the recipe's name and a number
+    Fails where the recipe cannot be trained as asked; what was committed stays, and the same call goes on from there.
+    """
+    log = get_run_logger()
+    run = _run_id()
+    journal = begin(recipe, federation, run)
+    with recording_outcome(journal), tags("fedflow", run_tag(journal.record().nonce), training_tag(runtime.flow_run.id)):
+        resumed = runtime.flow_run.run_count == 1  # a retry of this very flow run continues its opening
+        warm_up()
+        sweep_orphans(journal)
+        wait_for_sites(journal, federation)
+        progress = None
+        while step := next_step(journal, journal.recipe()):
+            progress = publish_progress(run, journal.recipe(), step.round, progress)
+            federated_round(run, step.round, federation, reopen=resumed, why="resume" if resumed else "start")
+            resumed = False
+        publish_progress(run, journal.recipe(), journal.recipe().rounds, progress)
+        summary = summarize(journal)
+        publish_report(summary)
+        log.info("finished after %d rounds: %s", len(summary.rounds), summary.model_digest)
+
+
+def begin(recipe: Recipe, federation: Federation, run: str) -> Journal:
+    """The run's journal: begun, or found and amended."""
+    place = journal_of(federation, run)
+    journal = start_run(place.store, run, recipe, federation.names)
+    amend_run(journal, recipe, sites=federation.names)
+    return journal
+
+
+def sweep_orphans(journal: Journal) -> None:
+    """Stop what an earlier coordinator of this run left running for rounds that are over."""
+    step = next_step(journal, journal.recipe())
+    with connect() as client:
+        ours = find_runs(client, run_tag(journal.record().nonce))
+        dead = [r for r in ours if r.deployment_id is None or any(tag.startswith("round:") for tag in r.tags)]
+        current = f"round:{step.round}" if step else ""
+        cancel(client, [r for r in dead if current not in r.tags], "left over from an earlier start")
+
+
+def wait_for_sites(journal: Journal, federation: Federation) -> None:
+    """Give the sites' workers `wait_for_sites` to appear. Who is absent then is the round's matter."""
+    log = get_run_logger()
+    until = time.monotonic() + journal.recipe().wait_for_sites.total_seconds()
+    told: set[str] = set()
+    with connect() as client:
+        while (absent := absent_sites(client, federation)) and time.monotonic() < until:
+            for site in sorted(absent.keys() - told):
+                log.info("waiting for %s: %s", site, absent[site])
+            told |= absent.keys()
+            time.sleep(1)

@@ -1,0 +1,84 @@
+"""What people look at in the Prefect UI: a table a round, the run's progress, its report."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from prefect.artifacts import create_markdown_artifact, create_progress_artifact, create_table_artifact, update_progress_artifact
+
+from fedflow.engine.summary import RoundSummary, RunSummary
+from fedflow.recipe import Recipe
+
+__all__ = ["artifact_key", "publish_progress", "publish_report", "publish_round"]
+
+
+def artifact_key(*parts: str) -> str:
+    """A key as Prefect wants it: lower-case letters, digits and dashes."""
+    return "-".join(re.sub(r"[^a-z0-9]+", "-", part.lower()).strip("-") for part in parts)
+
+
+def publish_round(run: str, recipe: Recipe, summary: RoundSummary, asked: int) -> None:
+    """One row a site: weight, steps, metrics, seconds, bytes; or why it does not count."""
+    rows: list[dict[str, Any]] = []
+    for site, c in summary.sites.items():
+        metrics = {name: _number(value) for name, value in c.metrics.items()}
+        rows.append({"site": site, "counts": "yes", "weight": _number(c.weight), "steps": c.steps, **metrics, "seconds": round(c.seconds, 2), "bytes": c.bytes, "attempt": c.attempt, "excluded because": ""})
+    columns = list(dict.fromkeys(name for row in rows for name in row)) or ["site", "counts", "excluded because"]
+    for site, why in summary.excluded.items():
+        rows.append({**dict.fromkeys(columns, ""), "site": site, "counts": "no", "excluded because": why})
+    described = ", ".join(f"{name} **{_number(value)}**" for name, value in summary.shown.items())
+    create_table_artifact(
+        table=rows,
+        key=artifact_key(run, "round"),
+        description=f"Round {summary.round} of {recipe.rounds}: {len(summary.sites)} of {asked} sites count, {summary.seconds:.1f} s. {described}\n\nmodel `{summary.model_digest}`",
+    )
+
+
+def publish_progress(run: str, recipe: Recipe, done: int, artifact: Any | None) -> Any:
+    """Create or update the run's progress bar; its artifact id."""
+    percent = 100.0 * done / recipe.rounds
+    if artifact is None:
+        return create_progress_artifact(progress=percent, key=artifact_key(run, "progress"), description=f"{run}: rounds committed, of {recipe.rounds}")
+    update_progress_artifact(artifact_id=artifact, progress=percent)
+    return artifact
+
+
+def publish_report(summary: RunSummary) -> None:
+    """The whole run as Markdown: the curve, the rounds, the models."""
+    create_markdown_artifact(markdown=report(summary), key=artifact_key(summary.run, "report"), description=f"Report of {summary.run}")
+
+
+def report(summary: RunSummary) -> str:
+    """The run's report: key metric per round as a curve and a table, exclusions, digests."""
+    name = summary.recipe.key_metric.name
+    values = [r.shown.get(name) for r in summary.rounds]
+    lines = [f"# {summary.run}", "", f"{len(summary.rounds)} of {summary.recipe.rounds} rounds, {len(summary.sites)} sites, {summary.recipe.algorithm.kind}."]
+    if any(v is not None for v in values):
+        lines += ["", f"`{sparkline(values)}` {name}, round by round"]
+    if summary.best is not None:
+        lines += ["", f"Best {name}: **{_number(values[summary.best])}** in round {summary.best}."]
+    lines += ["", f"| round | {name} | other metrics | sites | seconds | excluded |", "|---|---|---|---|---|---|"]
+    for r, value in zip(summary.rounds, values, strict=True):
+        others = ", ".join(f"{n} {_number(v)}" for n, v in r.shown.items() if n != name)
+        why = "; ".join(f"{site}: {reason}" for site, reason in r.excluded.items()).replace("|", "\\|").replace("\n", " ")
+        lines.append(f"| {r.round} | {_number(value)} | {others} | {len(r.sites)} | {r.seconds:.1f} | {why} |")
+    return "\n".join([*lines, "", f"Model of the last round: `{summary.model_digest}`"])
+
+
+def sparkline(values: list[float | None]) -> str:
+    """One block character a value, between the smallest and the largest; a dot where there is none."""
+    known = [v for v in values if v is not None]
+    low, high = min(known), max(known)
+    scale = 7 / (high - low) if high > low else 0.0
+    return "".join("·" if v is None else "▁▂▃▄▅▆▇█"[round((v - low) * scale)] for v in values)
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"
+
+
+def flat(metrics: Mapping[str, float | None]) -> str:
+    """Metrics as one line of a log."""
+    return ", ".join(f"{name} {_number(value)}" for name, value in metrics.items()) or "no metrics"

@@ -1,0 +1,81 @@
+"""Work pools and deployments of a federation: made, or brought up to date."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from typing import Any
+
+from prefect import Flow
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
+from prefect.exceptions import ObjectNotFound
+from prefect.utilities.callables import parameter_schema
+
+from fedflow.recipe import Federation, Recipe
+
+__all__ = ["TRAINING_FLOW", "deploy_federation", "training_deployment"]
+
+TRAINING_FLOW = "fedflow-training"
+
+
+def training_deployment(federation: Federation) -> str:
+    """Full name of the deployment that runs trainings over `federation`."""
+    return f"{TRAINING_FLOW}/{federation.name}"
+
+
+def deploy_federation(client: SyncPrefectClient, federation: Federation, *, recipe: Recipe | None = None, pool_type: str = "process") -> list[str]:
+    """Create or update one pool and one deployment a site, and the coordinator's; names of the deployments.
+
+    recipe: what the form of a new training is filled with. Deployments name the flows as modules and pull nothing: each
+    worker runs the fedflow that is installed where it is.
+    """
+    from fedflow.flows.round import federated_round
+    from fedflow.flows.site import local_training
+    from fedflow.flows.training import training
+
+    for pool in sorted({federation.coordinator_pool, *(site.work_pool for site in federation.sites)}):
+        _ensure_pool(client, pool, pool_type)
+    given = {"federation": federation.model_dump(mode="json", exclude_defaults=True)}
+    filled = given | ({"recipe": recipe.model_dump(mode="json")} if recipe else {})
+    deployed = [
+        _deploy(client, training, federation.name, federation.coordinator_pool, parameters=filled),
+        _deploy(client, federated_round, federation.name, federation.coordinator_pool, parameters=given),
+    ]
+    for site in federation.sites:
+        deployed.append(_deploy(client, local_training, site.name, site.work_pool, tags=[f"site:{site.name}"]))
+    return deployed
+
+
+def _ensure_pool(client: SyncPrefectClient, name: str, pool_type: str) -> None:
+    template = base_job_template(pool_type)
+    try:
+        client.read_work_pool(name)
+    except ObjectNotFound:
+        client.create_work_pool(WorkPoolCreate(name=name, type=pool_type, base_job_template=template))
+        return
+    if template:
+        client.update_work_pool(name, WorkPoolUpdate(base_job_template=template))
+
+
+def base_job_template(pool_type: str) -> dict[str, Any]:
+    """fedflow's job template for pools of that type; Prefect's own where there is none."""
+    file = files("fedflow") / "deployments" / "job-templates" / f"{pool_type}.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def _deploy(client: SyncPrefectClient, flow: Flow[Any, Any], name: str, pool: str, *, parameters: dict[str, Any] | None = None, tags: list[str] | None = None) -> str:
+    """One deployment. POST is an upsert."""
+    client.create_deployment(
+        flow_id=client.create_flow_from_name(flow.name),
+        name=name,
+        entrypoint=f"{flow.fn.__module__}.{flow.fn.__name__}",
+        pull_steps=[],
+        work_pool_name=pool,
+        parameters=parameters or {},
+        parameter_openapi_schema=parameter_schema(flow.fn).model_dump_for_openapi(),
+        enforce_parameter_schema=True,
+        description=flow.description,
+        tags=["fedflow", *(tags or [])],
+    )
+    return f"{flow.name}/{name}"

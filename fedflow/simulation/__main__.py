@@ -1,0 +1,38 @@
+"""`python -m fedflow.simulation SPEC`: the background process of a SimEnv. SPEC: JSON with run, store, states, workers."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+
+from fedflow.engine import simulate
+from fedflow.engine.rounds import recording_outcome
+from fedflow.errors import FedflowError
+from fedflow.store.journal import Journal
+from fedflow.store.objects import ObjectStore
+
+
+def main(spec: dict[str, object]) -> int:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stdout)
+    run, url = str(spec["run"]), str(spec["store"])
+    journal = Journal(ObjectStore(url, spec.get("store_options")), run)  # type: ignore[arg-type]
+    try:
+        with recording_outcome(journal):
+            simulate(
+                journal.recipe(),
+                journal.sites(),
+                store=url,
+                store_options=spec.get("store_options"),  # type: ignore[arg-type]
+                run=run,
+                state=str(spec["states"]),
+                workers=int(str(spec["workers"])),
+            )
+    except FedflowError as error:
+        logging.getLogger("fedflow").error("%s", error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(json.loads(sys.argv[1])))

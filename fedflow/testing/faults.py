@@ -1,0 +1,194 @@
+"""Faults for tests: a real SIGKILL, or an endless wait, at a named write of the journal or at an optimizer step.
+
+    fault = fail_at("manifest", round=1, token=tmp_path / "fired")
+    subprocess.run(["fedflow", "run", ...], env={**os.environ, **fault.environment()})  # dies before round 1 is committed
+
+The library has no hook for this. In the process that is to fail, `Fault.arm` wraps `ObjectStore.put` and
+`LocalTrainer.train`; `Fault.environment` does so in every Python process below one that is started with it, also in those
+that a Prefect worker starts, as soon as they import fedflow's engine and not before.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+if TYPE_CHECKING:
+    from fedflow.store.objects import ObjectStore
+
+__all__ = ["VARIABLE", "Effect", "Fault", "Step", "When", "arm_from_environment", "fail_at"]
+
+VARIABLE = "FEDFLOW_FAULT"
+"""The fault as JSON, for processes that somebody else starts."""
+
+When = Literal["before", "after"]
+Effect = Literal["kill", "hang", "slow"]
+Step = Literal[
+    "run",  # the run's record
+    "initial objects",  # the state before round 0
+    "initial manifest",
+    "plan",
+    "opening",
+    "attempt",  # the journal entry that goes before a dispatch
+    "training",  # an optimizer step
+    "update objects",
+    "site state",
+    "update manifest",
+    "closing",
+    "server objects",  # of aggregation
+    "manifest",  # the commit
+    "evaluation",
+]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens where.
+
+    at:      pattern of the URL of a write, or of "training/<site>/<round>/<step>" for an optimizer step
+    when:    before or after that write is visible; optimizer steps have no before
+    effect:  kill: SIGKILL to this process; hang: wait for ever; slow: wait `seconds`
+    nth:     at which match in this process, from 1
+    given:   pattern of a key that must be in the store for a write to match
+    token:   a file that is created when the fault strikes; while it is there no process is struck again
+    """
+
+    at: str
+    when: When = "before"
+    effect: Effect = "kill"
+    nth: int = 1
+    given: str | None = None
+    token: str | None = None
+    seconds: float = 0.0
+
+    # -- how it gets into a process
+    def environment(self, base: Mapping[str, str] = os.environ) -> dict[str, str]:
+        """Variables that arm the fault in every Python process below the one that gets them."""
+        folder = str(Path(__file__).parent / "injected")
+        paths = [folder, *filter(None, [base.get("PYTHONPATH")])]
+        return {"PYTHONPATH": os.pathsep.join(paths), VARIABLE: json.dumps(asdict(self))}
+
+    def arm(self) -> None:
+        """Arm it in this process and its forks, for good."""
+        from fedflow.local.training import LocalTrainer
+        from fedflow.store.objects import ObjectStore
+
+        trap = _Trap(self)
+        put, train = ObjectStore.put, LocalTrainer.train
+
+        def faulty_put(store: ObjectStore, key: str, data: Any, **options: Any) -> None:
+            trap.reached(f"{store.url}/{key}", "before", store)
+            put(store, key, data, **options)
+            trap.reached(f"{store.url}/{key}", "after", store)
+
+        def faulty_train(trainer: LocalTrainer, broadcast: Any, ctx: Any) -> Any:
+            def on_step(done: int, planned: int | None) -> None:
+                trap.reached(f"training/{ctx.site}/{ctx.round:05d}/{done}", "after")
+                trainer.on_step(done, planned)
+
+            return train(replace(trainer, on_step=on_step), broadcast, ctx)
+
+        ObjectStore.put = faulty_put  # type: ignore[assignment,method-assign]
+        LocalTrainer.train = faulty_train  # type: ignore[method-assign]
+
+    @property
+    def struck(self) -> bool:
+        """Whether it has happened; known only with a token."""
+        return self.token is not None and Path(self.token).exists()
+
+
+class _Trap:
+    """A fault in one process, and how often its place was reached there."""
+
+    def __init__(self, fault: Fault) -> None:
+        self.fault, self.matches = fault, 0
+
+    def reached(self, event: str, when: When, store: ObjectStore | None = None) -> None:
+        fault = self.fault
+        if when != fault.when or not re.search(fault.at, event) or not self._given(store):
+            return
+        self.matches += 1
+        if self.matches >= fault.nth and self._first():
+            strike(fault)
+
+    def _given(self, store: ObjectStore | None) -> bool:
+        given = self.fault.given
+        return given is None or store is None or any(re.search(given, key) for key in store.list())
+
+    def _first(self) -> bool:
+        if self.fault.token is None:
+            return True
+        try:
+            os.close(os.open(self.fault.token, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return False
+        return True
+
+
+def strike(fault: Fault) -> None:
+    """Do to this process what the fault says."""
+    if fault.effect == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif fault.effect == "hang":
+        threading.Event().wait()
+    else:
+        time.sleep(fault.seconds)
+
+
+def arm_from_environment() -> None:
+    """Arm the fault that this process was started with, if there is one."""
+    if text := os.environ.get(VARIABLE):
+        Fault(**json.loads(text)).arm()
+
+
+def fail_at(
+    step: Step,
+    *,
+    site: str | None = None,
+    round: int | None = None,
+    when: When = "before",
+    effect: Effect = "kill",
+    nth: int = 1,
+    token: Path | str | None = None,
+    seconds: float = 0.0,
+) -> Fault:
+    """The fault at `step` of any run. site, round: only there; nth: for "training" the optimizer step, from 1."""
+    if step not in get_args(Step):
+        raise ValueError(f"step: found {step!r}, expected one of {get_args(Step)}")
+    name = "[^/]+" if site is None else re.escape(site)
+    number = r"\d{5}" if round is None else f"{round:05d}"
+    digest = "[0-9a-f]{64}"
+    public, server = f"public/[^/]+/rounds/{number}/[^/]+", f"server/[^/]+/rounds/{number}"
+    places = {
+        "run": r"public/[^/]+/run\.json$",
+        "initial objects": rf"(public|server)/[^/]+/objects/{digest}",
+        "initial manifest": r"server/[^/]+/initial/manifest\.json$",
+        "plan": rf"{public}/plan\.json$",
+        "opening": rf"{public}/open/\d+\.json$",
+        "attempt": rf"{server}/[^/]+/attempts/\d+\.{name}\.\d+\.json$",
+        "training": rf"^training/{name}/{number}/",
+        "update objects": rf"sites/{name}/[^/]+/{number}/[^/]+/{digest}\.safetensors$",
+        "site state": rf"{name}/[^/]+-[0-9a-f]{{12}}/state/{digest}\.json$",
+        "update manifest": rf"sites/{name}/[^/]+/{number}/[^/]+/{digest}\.json$",
+        "closing": rf"{public}/closed/\d+(\.\d+)?\.json$",
+        "server objects": rf"(public|server)/[^/]+/objects/{digest}",
+        "manifest": rf"{server}/[^/]+/manifest\.json$",
+        "evaluation": rf"{server}/evaluation\.json$",
+    }
+    return Fault(
+        at=places[step],
+        when="after" if step == "training" else when,
+        effect=effect,
+        nth=nth,
+        given=f"^{public}/closed/" if step == "server objects" else None,
+        token=None if token is None else str(token),
+        seconds=seconds,
+    )

@@ -1,0 +1,50 @@
+"""What every test may ask for: real servers, started once a session at the first test that needs them."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+
+import pytest
+
+from tests.servers import (
+    PostgresServer,
+    PrefectServer,
+    S3Server,
+    postgres_server,
+    prefect_server,
+    s3_server,
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep Prefect away from the developer's own profile, server and home, and from the network."""
+    for name in [name for name in os.environ if name.startswith("PREFECT_")]:
+        del os.environ[name]
+    home = tempfile.TemporaryDirectory(prefix="fedflow-test-", ignore_cleanup_errors=True)
+    config.add_cleanup(home.cleanup)
+    os.environ |= {"PREFECT_HOME": home.name, "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1"}
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[PostgresServer]:
+    with postgres_server() as server:
+        yield server
+
+
+@pytest.fixture
+def postgres(postgresql: PostgresServer) -> str:
+    """The URL of a fresh, empty database."""
+    return postgresql.new_database()
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3Server]:
+    with s3_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def prefect_api(postgresql: PostgresServer) -> Iterator[PrefectServer]:
+    """A Prefect server on PostgreSQL; a test that kills its server starts its own."""
+    with prefect_server(postgresql.new_database()) as server:
+        yield server

@@ -3,6 +3,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+unexport PYTHONDONTWRITEBYTECODE
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -17,9 +18,11 @@ help: ## list these targets
 setup: $(READY) ## create .venv with the locked packages and fedflow itself
 
 # Redone only when the lock or the project's metadata changes. One line a package shows the progress.
+# The locked pip first: it takes half the time of the one that comes with Python 3.11. Modules compile when first used.
 $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -r requirements.lock | sed -unE 's/^Collecting ([^ ]+).*/  \1/p; s/^(Installing collected packages).*/\1/p'
+	$(BIN)/pip install --quiet "$$(grep '^pip==' requirements.lock)"
+	$(BIN)/pip install --no-compile -r requirements.lock | sed -unE 's/^Collecting ([^ ]+).*/  \1/p; s/^(Installing collected packages).*/\1/p'
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@
 

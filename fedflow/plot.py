@@ -184,9 +184,12 @@ def _legend(summary: RunSummary) -> list[object]:
 
 
 def _save(figure: Figure, out: Path) -> Path:
+    from matplotlib import rc_context
+
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(out, dpi=130)
+        with rc_context({"svg.fonttype": "none"}):  # text stays text
+            figure.savefig(out, dpi=130)
     except OSError as error:
         raise UserError(field_error("OUT", str(out), "a place that can be written", f"{error.strerror}")) from error
     return out

@@ -235,7 +235,7 @@ class Timeouts(_Model):
     def resolved(self, attempts: int) -> Timeouts:
         """All durations filled in."""
         tenth = self.round_deadline / 10
-        train = self.train_timeout or self.round_deadline / attempts - backoff(attempts, self.round_deadline)
+        train = self.train_timeout or self.round_deadline / attempts - _spare(attempts, self.round_deadline)
         return Timeouts(
             round_deadline=self.round_deadline,
             train_timeout=train,
@@ -306,9 +306,14 @@ class Timeouts(_Model):
         return found
 
 
+def _spare(attempts: int, deadline: timedelta) -> timedelta:
+    """What training leaves of its attempt's share of the deadline, for transfers and for the pause before the next."""
+    return min(MAX_BACKOFF, deadline / attempts / 10)
+
+
 def backoff(attempts: int, deadline: timedelta) -> timedelta:
-    """What an attempt leaves for the pause before the next: none if there is only one, else at most `MAX_BACKOFF`."""
-    return min(MAX_BACKOFF, deadline / attempts / 10) if attempts > 1 else timedelta(0)
+    """The longest pause before the next attempt; none if there is only one."""
+    return _spare(attempts, deadline) if attempts > 1 else timedelta(0)
 
 
 class Numerics(_Model):
@@ -574,7 +579,7 @@ def explain(error: ValidationError) -> str:
     lines = []
     for item in error.errors(include_url=False):
         where = ".".join(str(part) for part in item["loc"]) or "the whole"
-        message = item["msg"].removeprefix("Value error, ")
+        message = item["msg"].removeprefix("Value error, ").replace("datetime.timedelta(0)", "0")
         if item["type"] == "extra_forbidden":
             lines.append(f"{where}: unknown field; remove it or correct its name")
         elif item["type"] == "missing":

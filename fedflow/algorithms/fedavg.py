@@ -47,7 +47,7 @@ class FedAvg(Algorithm):
     """A factor on wᵢ per site; 1 where a site is not named."""
     transfer: Literal["full", "delta"] = "full"
     """What travels back: y (one site at η_g = 1 gives back y to the bit), or y − x in float32, where x + (y − x) can differ
-    from y by half a unit in the last place of the larger of the two."""
+    from y by a unit in the last place of the larger of the two."""
     frozen: Literal["hold", "average"] = "hold"
     """Whether parameters with requires_grad False are held or averaged like the rest."""
 

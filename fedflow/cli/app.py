@@ -12,9 +12,9 @@ from typing import Annotated
 
 import typer
 
-from fedflow.cli import doctor, files, looking, recipes, runs, sites
+from fedflow.cli import doctor, files, looking, recipes, runs, servers, sites
 from fedflow.cli.options import Session
-from fedflow.cli.text import one_line
+from fedflow.cli.text import complain
 from fedflow.errors import FedflowError, ObjectCorrupt, StoreError, UserError
 
 __all__ = ["app", "main"]
@@ -57,6 +57,8 @@ app.command("logs")(looking.logs)
 app.command("plot")(files.plot)
 app.command("export")(files.export)
 app.command("init")(files.init)
+app.command("ui")(servers.ui)
+app.command("deploy")(servers.deploy)
 app.add_typer(recipes.app, name="recipe")
 app.add_typer(sites.app, name="site")
 app.command("doctor")(doctor.doctor)
@@ -87,7 +89,8 @@ def _report(error: Exception, session: Session) -> int:
         traceback.print_exception(error)
     if isinstance(error, typer.TyperException):
         text, code = _usage(error), error.exit_code
-        if not text:  # help was asked for by giving nothing, and is printed
+        if text.startswith("Usage: "):  # nothing was given, and so the text is the help
+            typer.echo(error.format_message(), err=True)
             return code
     elif isinstance(error, UserError) or (isinstance(error, StoreError) and not isinstance(error, ObjectCorrupt)):
         text, code = str(error), 2
@@ -95,16 +98,15 @@ def _report(error: Exception, session: Session) -> int:
         text, code = str(error), 1
     else:
         text, code = f"unexpected {type(error).__name__}: {error}; {_log(error, session.home)}", 1
-    typer.secho("error: ", fg="red", bold=True, nl=False, err=True)
-    typer.echo(one_line(text), err=True)
+    complain(text)
     return code
 
 
 def _usage(error: typer.TyperException) -> str:
-    """What is wrong with the arguments, and which help tells more; empty where there is nothing to say."""
+    """What is wrong with the arguments, and which help tells more."""
     message = error.format_message().replace("Value error, ", "").rstrip(".")
     command = getattr(getattr(error, "ctx", None), "command_path", "fedflow")
-    return message and f"{message}; see `{command} --help`"
+    return f"{message}; see `{command} --help`"
 
 
 def _log(error: Exception, home: Path) -> str:

@@ -6,7 +6,6 @@ import contextlib
 import json
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,52 +14,39 @@ from rich.text import Text
 
 from fedflow.cli.options import HOME
 from fedflow.cli.progress import LiveProgress, PlainProgress, Progress, Silent, write_line
-from fedflow.cli.text import metric, one_line
+from fedflow.cli.text import complain, metric, one_line
+from fedflow.cli.view import View
 from fedflow.cli.watching import Watch
 from fedflow.engine.summary import RunSummary
-from fedflow.errors import FedflowError, RunMissing, StoreError, UserError
+from fedflow.errors import FedflowError, RunMissing, StoreError, UnreachableError, UserError
 from fedflow.store.journal import Journal
 
 if TYPE_CHECKING:
     from fedflow.environments import Run
     from fedflow.store.objects import ObjectStore
 
-__all__ = ["View", "committed_rounds", "follow", "resume_command"]
-
-
-@dataclass(frozen=True)
-class View:
-    """How a run is shown. home: where its plot goes; as_json: all but one object goes to stderr."""
-
-    home: Path
-    as_json: bool = False
-    quiet: bool = False
-
-    def console(self) -> Console:
-        return Console(stderr=self.as_json, highlight=False)
+__all__ = ["committed_rounds", "follow", "interruptible", "resume_command", "ui_of"]
 
 
 def follow(environment: Any, run: Run, before: int, view: View) -> int:
-    """Show `run` until it ends; returns the exit code. before: rounds that were committed when it was started.
+    """Show `run` until it ends. before: rounds that were committed when it was started. Ctrl-C, or SIGTERM, aborts it.
 
-    Ctrl-C, or SIGTERM, aborts the run. Raises FedflowError, with what stopped it, where the run did not train as asked.
+    Returns the exit code: 0 only if the run trained as asked; else what stopped it is on stderr.
     """
     console, watch = view.console(), Watch(run.journal)
     _catch_up(watch, run, before)
-    with _interruptible(), _progress(console, environment, run, before, view) as progress:
+    with interruptible(), _progress(console, environment, run, before, view) as progress:
 
         def tick(run: Run, *, last: bool = False) -> None:
-            with contextlib.suppress(
-                StoreError
-            ):  # an outage of the store is the coordinator's matter; look again later
+            with contextlib.suppress(StoreError):  # an outage is the coordinator's matter; look again later
                 progress.show(watch, watch.look(run, last=last))
 
         try:
             run.wait(on_tick=tick)
-            tick(run, last=True)
         except KeyboardInterrupt:
             write_line(console, Text("stopping the run …", style="yellow"))
             run.abort()
+        tick(run, last=True)
     return _conclude(environment, run, view, console)
 
 
@@ -102,11 +88,18 @@ def _header(environment: Any, run: Run, before: int) -> str:
     parts = [run.id, environment.kind, f"{len(environment.federation.sites)} sites"]
     if before:
         parts.append(f"resumed after {before} rounds")
-    return " · ".join([*parts, run.backend.ui() or f"store {run.store.url}"])
+    return " · ".join([*parts, ui_of(run) or f"store {run.store.url}"])
+
+
+def ui_of(run: Run) -> str | None:
+    """URL of the run in the Prefect UI, if there is one and it answers."""
+    with contextlib.suppress(UnreachableError):
+        return run.backend.ui()
+    return None
 
 
 @contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
+def interruptible() -> Iterator[None]:
     """SIGTERM means the same as Ctrl-C."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -126,7 +119,8 @@ def _conclude(environment: Any, run: Run, view: View, console: Console) -> int:
     if view.as_json:
         print(json.dumps(summary.as_json() if summary else _never_started(run.id), allow_nan=False), flush=True)
     if summary is None or summary.status != "finished":
-        raise FedflowError(f"{_why(run, summary)}; `{resume_command(run.id, view.home)}` goes on", run=run.id)
+        complain(f"{run.id}: {_why(run, summary)}; `{resume_command(run.id, view.home)}` goes on")
+        return 1
     return 0
 
 
@@ -137,15 +131,22 @@ def _never_started(run: str) -> dict[str, object]:
 
 def _why(run: Run, summary: RunSummary | None) -> str:
     """What stopped the run, in one line."""
-    tail = one_line("\n".join(list(run.logs())[-1:]))
     if summary is None:
-        return f"the run did not start; its log ends with {tail!r}, `fedflow logs {run.id}` shows all of it"
+        return f"the run did not start{_last_words(run)}"
     done = f"after {len(summary.rounds)} of {summary.recipe.rounds} rounds"
     if summary.status == "failed" and summary.last:
         return f"failed {done}: {one_line(summary.last.message)}"
     if summary.status == "aborted":
         return f"aborted {done}"
-    return f"its coordinator stopped {done}; its log ends with {tail!r}"
+    return f"stopped {done}{_last_words(run)}"
+
+
+def _last_words(run: Run) -> str:
+    """The end of the run's log, if it has one and it can be read."""
+    with contextlib.suppress(FedflowError):
+        lines = [line for line in run.logs() if line.strip()]
+        return f"; its log ends with {one_line(lines[-1])!r}, `fedflow logs {run.id}` shows all of it" if lines else ""
+    return ""
 
 
 def _show_result(environment: Any, run: Run, summary: RunSummary, view: View, console: Console) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedflow.cli.options import HOME, AsJson, Home, RunId
-from fedflow.errors import FedflowError
+from fedflow.errors import FedflowError, UnreachableError
 
 if TYPE_CHECKING:
     from fedflow.engine.summary import RunSummary, Status
@@ -52,12 +53,23 @@ class Known:
 
 def _started_here(run_id: str, home: Path) -> Known:
     """A run that was started from `home`."""
+    from fedflow.engine.summary import summarize
     from fedflow.environments import recall
+    from fedflow.store.journal import Journal
 
-    environment = recall(run_id, home)
-    handle = environment.attach(run_id)
-    status = handle.status()
-    return Known(handle.summary(), status, environment.kind, environment.store.url)
+    with recall(run_id, home) as environment:
+        summary = summarize(Journal(environment.store, run_id))
+        return Known(summary, _status(environment, summary), environment.kind, environment.store.url)
+
+
+def _status(environment: Any, summary: RunSummary) -> Status:
+    """Whether it is running, as its environment says; for poc as its store says, for asking would start a server."""
+    if environment.kind == "poc" or summary.finished:
+        return summary.status
+    with contextlib.suppress(UnreachableError):
+        status: Status = environment.attach(summary.run).status()
+        return status
+    return summary.status
 
 
 def _stored(run_id: str, store: str) -> Known:

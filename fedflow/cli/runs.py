@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from fedflow.cli.options import HOME, AsJson, FederationFile, Home, Quiet, RecipeFile, RunId, StoreUrl
+from fedflow.cli.servers import hold
+from fedflow.cli.view import View
 from fedflow.errors import RecipeError, UserError, field_error
 
 if TYPE_CHECKING:
+    from fedflow.environments import Run
     from fedflow.recipe import Federation, Recipe
     from fedflow.store.journal import Journal
 
@@ -23,7 +26,7 @@ Kind = Literal["sim", "poc", "prod"]
 
 Rounds = Annotated[int | None, typer.Option("--rounds", min=1, metavar="N", help="So many rounds in all.")]
 KeepServer = Annotated[
-    bool, typer.Option("--keep-server", help="poc: leave the Prefect server running, to look at the run in its UI.")
+    bool, typer.Option("--keep-server", help="poc: keep the Prefect server after the run, until Ctrl-C.")
 ]
 
 
@@ -50,15 +53,23 @@ def run(
 
     Exit code 0 only if the run trained as asked; 1 if it failed or was stopped; 2 for a mistake in what was given.
     """
-    from fedflow.cli.following import View, committed_rounds, follow
-    from fedflow.environments import make
+    _check_keeping(env, keep_server)
+    _check_name(run_id)
+    view = View(home, as_json, quiet)
+    with ExitStack() as stack:
+        with view.starting(env):
+            from fedflow.cli.following import committed_rounds
+            from fedflow.environments import make
 
-    spec = load_recipe(recipe)
-    sites = load_federation(federation, recipe)
-    with _closing(make(env, federation=sites, store=store, home=home), keep_server) as environment:
-        before = committed_rounds(environment.store, run_id) if run_id else 0
-        handle = environment.execute(spec, run_id=run_id)
-        raise typer.Exit(follow(environment, handle, before, View(home, as_json, quiet)))
+            spec, sites = load_recipe(recipe), load_federation(federation, recipe)
+            _check_evaluation(spec, env)
+            environment = stack.enter_context(make(env, federation=sites, store=store, home=home))
+            before = committed_rounds(environment.store, run_id) if run_id else 0
+            handle = environment.execute(spec, run_id=run_id)
+        code = _follow(environment, handle, before, view)
+        if keep_server:
+            hold(handle)
+    raise typer.Exit(code)
 
 
 def resume(
@@ -77,7 +88,6 @@ def resume(
         list[str] | None, typer.Option("--add-site", metavar="SITE", help="A site that joins the run. May be repeated.")
     ] = None,
     home: Home = HOME,
-    keep_server: KeepServer = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -89,16 +99,16 @@ def resume(
 
     changes: dict[str, Any] = {"rounds": rounds, "quorum": quorum}
     changes = {field: value for field, value in changes.items() if value is not None}
-    with _closing(recall(run_id, home), keep_server) as environment:
+    with recall(run_id, home) as environment:
         _amend(environment, run_id, changes, timeouts=timeout or [], sites=add_site or [])
-        _go_on(environment, run_id, home, as_json, quiet)
+        code = _go_on(environment, run_id, View(home, as_json, quiet))
+    raise typer.Exit(code)
 
 
 def extend(
     run_id: RunId,
     rounds: Annotated[int, typer.Option("--rounds", min=1, metavar="N", help="So many rounds in all.")],
     home: Home = HOME,
-    keep_server: KeepServer = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -106,10 +116,11 @@ def extend(
     from fedflow.environments import recall
     from fedflow.store.journal import Journal
 
-    with _closing(recall(run_id, home), keep_server) as environment:
+    with recall(run_id, home) as environment:
         _check_extension(Journal(environment.store, run_id), rounds)
         _amend(environment, run_id, {"rounds": rounds})
-        _go_on(environment, run_id, home, as_json, quiet)
+        code = _go_on(environment, run_id, View(home, as_json, quiet))
+    raise typer.Exit(code)
 
 
 def abort(run_id: RunId, home: Home = HOME) -> None:
@@ -149,12 +160,19 @@ def load_federation(path: Path | None, recipe: Path) -> Federation:
 
 
 # -- going on ----------------------------------------------------------------------------------------------------------
-def _go_on(environment: Any, run_id: str, home: Path, as_json: bool, quiet: bool) -> None:
-    from fedflow.cli.following import View, committed_rounds, follow
+def _go_on(environment: Any, run_id: str, view: View) -> int:
+    from fedflow.cli.following import committed_rounds
 
-    before = committed_rounds(environment.store, run_id)
-    handle = environment.resume(run_id)
-    raise typer.Exit(follow(environment, handle, before, View(home, as_json, quiet)))
+    with view.starting(environment.kind):
+        before = committed_rounds(environment.store, run_id)
+        handle = environment.resume(run_id)
+    return _follow(environment, handle, before, view)
+
+
+def _follow(environment: Any, handle: Run, before: int, view: View) -> int:
+    from fedflow.cli.following import follow
+
+    return follow(environment, handle, before, view)
 
 
 def _amend(
@@ -212,15 +230,20 @@ def _check_extension(journal: Journal, rounds: int) -> None:
         )
 
 
-@contextmanager
-def _closing(environment: Any, keep_server: bool) -> Iterator[Any]:
-    """`environment`, closed in the end unless its server is to stay."""
-    if keep_server and environment.kind != "poc":
-        raise UserError(
-            field_error("--keep-server", environment.kind, "the environment poc, which starts a server", "leave it out")
-        )
-    try:
-        yield environment
-    finally:
-        if not keep_server:
-            environment.close()
+def _check_keeping(env: Kind, keep_server: bool) -> None:
+    if keep_server and env != "poc":
+        raise UserError(field_error("--keep-server", env, "the environment poc, which starts a server", "leave it out"))
+
+
+def _check_name(run_id: str | None) -> None:
+    if run_id is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", run_id):
+        wanted = "letters, digits, dots, dashes and underscores, at most 63"
+        raise UserError(field_error("--run-id", run_id, wanted, "choose such a name"))
+
+
+def _check_evaluation(recipe: Recipe, env: Kind) -> None:
+    """Raises ResolveError where the coordinator, which is on this machine unless in prod, would not find the evaluation."""
+    from fedflow.registry import resolve
+
+    if recipe.evaluation is not None and env != "prod":
+        resolve("workloads", recipe.evaluation.path, field="evaluation")

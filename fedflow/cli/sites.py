@@ -25,6 +25,6 @@ def start(
     from fedflow.recipe import SiteConfig
 
     site = SiteConfig.load(config)
-    from fedflow.prefect import site_worker
+    from fedflow.prefect import worker
 
-    site_worker.start(site, config)
+    worker.start(site, config)

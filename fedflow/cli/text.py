@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-__all__ = ["digest", "duration", "metric", "metrics", "one_line", "size"]
+import typer
+
+__all__ = ["complain", "digest", "duration", "metric", "metrics", "one_line", "size"]
 
 
 def one_line(text: str) -> str:
@@ -17,6 +19,12 @@ def one_line(text: str) -> str:
             kept.append(line.strip())
             inside = False
     return " ".join(part for part in kept if part)
+
+
+def complain(text: str) -> None:
+    """An error, in one line on stderr."""
+    typer.secho("error: ", fg="red", bold=True, nl=False, err=True)
+    typer.echo(one_line(text), err=True)
 
 
 def metric(value: float | None) -> str:

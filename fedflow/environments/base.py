@@ -72,10 +72,20 @@ class Run:
         except RunMissing:
             return None
 
-    def wait(self, timeout: float | None = None, on_tick: Callable[[Run], None] = lambda run: None, every: float = 0.5) -> Status:
-        """Block until the run is not running any more, at most `timeout` seconds. on_tick: called every `every` seconds."""
-        until = None if timeout is None else time.monotonic() + timeout
-        while (status := self.status()) == "running" and (until is None or time.monotonic() < until):
+    def wait(
+        self,
+        timeout: float | None = None,
+        on_tick: Callable[[Run], None] = lambda run: None,
+        *,
+        until: Callable[[], bool] = lambda: False,
+        every: float = 0.5,
+    ) -> Status:
+        """Block until the run is not running any more, or `until()` is true, at most `timeout` seconds.
+
+        on_tick: called every `every` seconds
+        """
+        end = None if timeout is None else time.monotonic() + timeout
+        while (status := self.status()) == "running" and not until() and (end is None or time.monotonic() < end):
             on_tick(self)
             time.sleep(every)
         on_tick(self)

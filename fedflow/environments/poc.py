@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
@@ -19,7 +20,7 @@ from fedflow.environments.base import DEFAULT_HOME, Run
 from fedflow.environments.local import child_environment, stop_group
 from fedflow.environments.prod import ProdEnv
 from fedflow.errors import UnreachableError
-from fedflow.prefect import site_worker
+from fedflow.prefect import worker
 from fedflow.recipe import Federation, Recipe, SiteConfig
 
 __all__ = ["PocEnv", "Server"]
@@ -39,8 +40,10 @@ CLIENT = {"PREFECT_CLIENT_MAX_RETRIES": "8", "PREFECT_WORKER_QUERY_SECONDS": "1"
 
 
 def clean_environment(**more: str) -> dict[str, str]:
-    """This process's environment for a child, without the user's own Prefect settings."""
-    return {k: v for k, v in child_environment(**more).items() if not k.startswith("PREFECT_") or k in more}
+    """This process's environment for a child, without the user's own Prefect settings, with `more`."""
+    paths = [p for p in (more.pop("PYTHONPATH", None), child_environment()["PYTHONPATH"]) if p]
+    found = child_environment(**more, PYTHONPATH=os.pathsep.join(paths))
+    return {name: value for name, value in found.items() if not name.startswith("PREFECT_") or name in more}
 
 
 class Server:
@@ -70,7 +73,14 @@ class Server:
         """Settings of everything that talks to this server."""
         return {"PREFECT_HOME": str(self.home), "PREFECT_API_URL": self.url, **QUIET, **CLIENT}
 
+    def kill(self) -> None:
+        """SIGKILL, as a crash would; `start` brings it back on the same port, with what it had recorded."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+
     def stop(self) -> None:
+        """End it; nothing where it does not run."""
         if self._process is not None:
             _stop(self._process)
             self._process = None
@@ -88,15 +98,25 @@ class PocEnv(ProdEnv):
 
     It never touches the user's own Prefect configuration. Servers and workers start with the first run and stop with
     `close()`, or at the end of a `with` block; what they recorded stays in `home` and is there again the next time.
+
+    environment: more variables for the workers and what they start
     """
 
     kind = "poc"
 
-    def __init__(self, federation: Federation | int = 4, *, store: str | None = None, home: str | Path = DEFAULT_HOME) -> None:
+    def __init__(
+        self,
+        federation: Federation | int = 4,
+        *,
+        store: str | None = None,
+        home: str | Path = DEFAULT_HOME,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self.home = Path(home).resolve()
         wanted = Federation.of(federation) if isinstance(federation, int) else federation
         placed = wanted.model_copy(update={"store": store or wanted.store or str(self.home / "store")})
         self.server = Server(self.home / "prefect")
+        self.environment = dict(environment or {})
         self._workers: list[subprocess.Popen[bytes]] = []
         super().__init__(placed, home=self.home, api_url=self.server.url)
 
@@ -123,12 +143,12 @@ class PocEnv(ProdEnv):
         self.deploy(recipe)
         if self._workers:
             return
-        common = self.server.environment()
-        self._spawn_worker("coordinator", site_worker.command(self.federation.coordinator_pool, "coordinator"), common)
+        common = self.server.environment() | self.environment
+        self._spawn_worker("coordinator", worker.command(self.federation.coordinator_pool, "coordinator", worker.CoordinatorWorker), common)
         for site in self.federation.sites:
             config, path = self._site_config(site.name)
-            args = site_worker.command(config.work_pool, site.name)
-            self._spawn_worker(site.name, args, common | site_worker.environment(config, path))
+            args = worker.command(config.work_pool, site.name, worker.SiteWorker)
+            self._spawn_worker(site.name, args, common | worker.environment(config, path))
 
     def _spawn_worker(self, name: str, args: list[str], env: dict[str, str]) -> None:
         self._workers.append(_spawn(args, self.home / "logs" / f"worker-{name}.log", clean_environment(**env)))
@@ -149,16 +169,20 @@ class PocEnv(ProdEnv):
         path.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_defaults=True), sort_keys=False))
         return config, path
 
+    def processes(self) -> list[subprocess.Popen[bytes]]:
+        """The workers that run now."""
+        return list(self._workers)
+
     def ui_command(self, run: Run) -> str | None:
         return f"fedflow ui {run.id}" + ("" if self.home == DEFAULT_HOME.resolve() else f" --home {self.home}")
 
     def close(self) -> None:
         """Stop workers and server, and all that they started."""
-        for worker in self._workers:
+        for process in self._workers:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(worker.pid, signal.SIGINT)
-        for worker in self._workers:
-            _stop(worker)
+                os.killpg(process.pid, signal.SIGINT)
+        for process in self._workers:
+            _stop(process)
         self._workers = []
         self.server.stop()
 

@@ -28,6 +28,7 @@ def applied(numerics: Numerics, seed: int) -> Iterator[None]:
         )
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with it
     threads, strict = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    only_warn = torch.is_deterministic_algorithms_warn_only_enabled()
     python_state, numpy_state = random.getstate(), np.random.get_state()
     devices = list(range(torch.cuda.device_count())) if numerics.device == "cuda" else []
     with torch.random.fork_rng(devices=devices):
@@ -41,7 +42,7 @@ def applied(numerics: Numerics, seed: int) -> Iterator[None]:
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)
-            torch.use_deterministic_algorithms(strict)
+            torch.use_deterministic_algorithms(strict, warn_only=only_warn)
             torch.set_num_threads(threads)
 
 

@@ -49,7 +49,8 @@ class LocalTrainer:
                 round=ctx.round,
                 site=ctx.site,
             )
-        model = self.model()
+        with torch.random.fork_rng(devices=[]):
+            model = self.model()
         load_groups(model, broadcast)
         model.to(self.numerics.device)
         with numerics.applied(self.numerics, ctx.seed):

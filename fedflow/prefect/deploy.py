@@ -8,7 +8,7 @@ from typing import Any
 
 from prefect import Flow
 from prefect.client.orchestration import SyncPrefectClient
-from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
+from prefect.client.schemas.actions import DeploymentUpdate, WorkPoolCreate, WorkPoolUpdate
 from prefect.exceptions import ObjectNotFound
 from prefect.utilities.callables import parameter_schema
 
@@ -24,9 +24,10 @@ def training_deployment(federation: Federation) -> str:
     return f"{TRAINING_FLOW}/{federation.name}"
 
 
-def deploy_federation(client: SyncPrefectClient, federation: Federation, *, recipe: Recipe | None = None, pool_type: str = "process") -> list[str]:
+def deploy_federation(client: SyncPrefectClient, federation: Federation, *, recipe: Recipe | None = None, site_type: str = "fedflow-site", coordinator_type: str = "fedflow-coordinator") -> list[str]:
     """Create or update one pool and one deployment a site, and the coordinator's; names of the deployments.
 
+    site_type, coordinator_type: worker types of new pools: fedflow's own, or "process", "docker", "kubernetes"
     recipe: what the form of a new training is filled with. Deployments name the flows as modules and pull nothing: each
     worker runs the fedflow that is installed where it is.
     """
@@ -34,8 +35,9 @@ def deploy_federation(client: SyncPrefectClient, federation: Federation, *, reci
     from fedflow.flows.site import local_training
     from fedflow.flows.training import training
 
-    for pool in sorted({federation.coordinator_pool, *(site.work_pool for site in federation.sites)}):
-        _ensure_pool(client, pool, pool_type)
+    _ensure_pool(client, federation.coordinator_pool, coordinator_type)
+    for pool in sorted({site.work_pool for site in federation.sites}):
+        _ensure_pool(client, pool, site_type)
     given = {"federation": federation.model_dump(mode="json", exclude_defaults=True)}
     filled = given | ({"recipe": recipe.model_dump(mode="json")} if recipe else {})
     deployed = [
@@ -48,13 +50,14 @@ def deploy_federation(client: SyncPrefectClient, federation: Federation, *, reci
 
 
 def _ensure_pool(client: SyncPrefectClient, name: str, pool_type: str) -> None:
+    """A pool that is there keeps its type, and its template if it is of another type: somebody chose them."""
     template = base_job_template(pool_type)
     try:
-        client.read_work_pool(name)
+        found = client.read_work_pool(name)
     except ObjectNotFound:
         client.create_work_pool(WorkPoolCreate(name=name, type=pool_type, base_job_template=template))
         return
-    if template:
+    if template and found.type == pool_type:
         client.update_work_pool(name, WorkPoolUpdate(base_job_template=template))
 
 
@@ -65,17 +68,23 @@ def base_job_template(pool_type: str) -> dict[str, Any]:
 
 
 def _deploy(client: SyncPrefectClient, flow: Flow[Any, Any], name: str, pool: str, *, parameters: dict[str, Any] | None = None, tags: list[str] | None = None) -> str:
-    """One deployment. POST is an upsert."""
-    client.create_deployment(
-        flow_id=client.create_flow_from_name(flow.name),
-        name=name,
-        entrypoint=f"{flow.fn.__module__}.{flow.fn.__name__}",
-        pull_steps=[],
-        work_pool_name=pool,
-        parameters=parameters or {},
-        parameter_openapi_schema=parameter_schema(flow.fn).model_dump_for_openapi(),
-        enforce_parameter_schema=True,
-        description=flow.description,
-        tags=["fedflow", *(tags or [])],
-    )
-    return f"{flow.name}/{name}"
+    """One deployment, created or updated. Schedules, limits, job variables and defaults that somebody gave it stay."""
+    full, tags = f"{flow.name}/{name}", ["fedflow", *(tags or [])]
+    fields: dict[str, Any] = {
+        "entrypoint": f"{flow.fn.__module__}.{flow.fn.__name__}",
+        "pull_steps": [],
+        "work_pool_name": pool,
+        "parameter_openapi_schema": parameter_schema(flow.fn).model_dump_for_openapi(),
+        "enforce_parameter_schema": True,
+        "description": flow.description,
+    }
+    try:
+        found = client.read_deployment_by_name(full)
+    except ObjectNotFound:
+        flow_id = client.create_flow_from_name(flow.name)
+        client.create_deployment(flow_id, name, parameters=parameters or {}, tags=tags, **fields)
+        return full
+    # Not POST, though that is an upsert: it deletes the schedules and the concurrency limit that it is not given.
+    merged = {"parameters": {**found.parameters, **(parameters or {})}, "tags": sorted({*found.tags, *tags})}
+    client.update_deployment(found.id, DeploymentUpdate(**fields, **merged))
+    return full

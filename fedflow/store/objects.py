@@ -64,7 +64,7 @@ _PROBES = f"{_RESERVED}probe"
 
 _CLOUD = ("s3", "gs", "az", "abfs", "abfss")  # schemes that obstore serves
 _CLIENT = {"connect_timeout": 10, "timeout": 120}  # seconds; the second for a whole request, with its up to 32 MiB
-_RETRY = {"max_retries": 10, "retry_timeout": 180, "backoff": {"init_backoff": 0.1, "max_backoff": 10, "base": 2}}
+_RETRY = {"max_retries": 100, "retry_timeout": 60, "backoff": {"init_backoff": 0.1, "max_backoff": 10, "base": 3}}
 _DOWNLOAD = 32 << 20  # bytes a request
 _UPLOAD, _UPLOADS = 8 << 20, 4  # bytes a request, requests at once
 _WRITER = "fedflowwriter"  # metadata of a created object; a name that Azure takes too

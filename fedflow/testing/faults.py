@@ -16,18 +16,19 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 if TYPE_CHECKING:
     from fedflow.store.objects import ObjectStore
 
-__all__ = ["VARIABLE", "Effect", "Fault", "Step", "When", "arm_from_environment", "fail_at"]
+__all__ = ["VARIABLE", "Effect", "Fault", "Step", "When", "arm_from_environment", "fail_at", "watching"]
 
 VARIABLE = "FEDFLOW_FAULT"
-"""The fault as JSON, for processes that somebody else starts."""
+"""The fault as JSON, for processes that somebody else starts; or "@" and the path of a file that may hold it one day."""
 
 When = Literal["before", "after"]
 Effect = Literal["kill", "hang", "slow"]
@@ -78,26 +79,12 @@ class Fault:
 
     def arm(self) -> None:
         """Arm it in this process and its forks, for good."""
-        from fedflow.local.training import LocalTrainer
-        from fedflow.store.objects import ObjectStore
+        _arm(_Trap(lambda: self))
 
-        trap = _Trap(self)
-        put, train = ObjectStore.put, LocalTrainer.train
-
-        def faulty_put(store: ObjectStore, key: str, data: Any, **options: Any) -> None:
-            trap.reached(f"{store.url}/{key}", "before", store)
-            put(store, key, data, **options)
-            trap.reached(f"{store.url}/{key}", "after", store)
-
-        def faulty_train(trainer: LocalTrainer, broadcast: Any, ctx: Any) -> Any:
-            def on_step(done: int, planned: int | None) -> None:
-                trap.reached(f"training/{ctx.site}/{ctx.round:05d}/{done}", "after")
-                trainer.on_step(done, planned)
-
-            return train(replace(trainer, on_step=on_step), broadcast, ctx)
-
-        ObjectStore.put = faulty_put  # type: ignore[assignment,method-assign]
-        LocalTrainer.train = faulty_train  # type: ignore[method-assign]
+    def write(self, path: Path) -> None:
+        """Arm it in every process that was started with `watching(path)`; removing the file disarms it."""
+        path.with_suffix(".new").write_text(json.dumps(asdict(self)))
+        path.with_suffix(".new").replace(path)
 
     @property
     def struck(self) -> bool:
@@ -105,29 +92,57 @@ class Fault:
         return self.token is not None and Path(self.token).exists()
 
 
-class _Trap:
-    """A fault in one process, and how often its place was reached there."""
+def watching(path: Path, base: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Variables with which a process looks into `path` for its fault, again and again."""
+    return {**Fault(at="").environment(base), VARIABLE: f"@{path}"}
 
-    def __init__(self, fault: Fault) -> None:
-        self.fault, self.matches = fault, 0
+
+def _arm(trap: _Trap) -> None:
+    """Wrap the two places where a fault can strike."""
+    from fedflow.local.training import LocalTrainer
+    from fedflow.store.objects import ObjectStore
+
+    put, train = ObjectStore.put, LocalTrainer.train
+
+    def faulty_put(store: ObjectStore, key: str, data: Any, **options: Any) -> None:
+        trap.reached(f"{store.url}/{key}", "before", store)
+        put(store, key, data, **options)
+        trap.reached(f"{store.url}/{key}", "after", store)
+
+    def faulty_train(trainer: LocalTrainer, broadcast: Any, ctx: Any) -> Any:
+        def on_step(done: int, planned: int | None) -> None:
+            trap.reached(f"training/{ctx.site}/{ctx.round:05d}/{done}", "after")
+            trainer.on_step(done, planned)
+
+        return train(replace(trainer, on_step=on_step), broadcast, ctx)
+
+    ObjectStore.put = faulty_put  # type: ignore[assignment,method-assign]
+    LocalTrainer.train = faulty_train  # type: ignore[method-assign]
+
+
+class _Trap:
+    """A fault in one process, and how often its place was reached there. read: the fault, if there is one now."""
+
+    def __init__(self, read: Callable[[], Fault | None]) -> None:
+        self.read, self.matches = read, 0
 
     def reached(self, event: str, when: When, store: ObjectStore | None = None) -> None:
-        fault = self.fault
-        if when != fault.when or not re.search(fault.at, event) or not self._given(store):
+        fault = self.read()
+        if fault is None or when != fault.when or not re.search(fault.at, event) or not self._given(fault, store):
             return
         self.matches += 1
-        if self.matches >= fault.nth and self._first():
+        if self.matches >= fault.nth and self._first(fault):
             strike(fault)
 
-    def _given(self, store: ObjectStore | None) -> bool:
-        given = self.fault.given
+    def _given(self, fault: Fault, store: ObjectStore | None) -> bool:
+        given = fault.given
         return given is None or store is None or any(re.search(given, key) for key in store.list())
 
-    def _first(self) -> bool:
-        if self.fault.token is None:
+    def _first(self, fault: Fault) -> bool:
+        if fault.token is None:
             return True
         try:
-            os.close(os.open(self.fault.token, os.O_CREAT | os.O_EXCL))
+            os.close(os.open(fault.token, os.O_CREAT | os.O_EXCL))
         except FileExistsError:
             return False
         return True
@@ -145,8 +160,15 @@ def strike(fault: Fault) -> None:
 
 def arm_from_environment() -> None:
     """Arm the fault that this process was started with, if there is one."""
-    if text := os.environ.get(VARIABLE):
+    text = os.environ.get(VARIABLE, "")
+    if text.startswith("@"):
+        _arm(_Trap(partial(_read, Path(text[1:]))))
+    elif text:
         Fault(**json.loads(text)).arm()
+
+
+def _read(path: Path) -> Fault | None:
+    return Fault(**json.loads(path.read_text())) if path.exists() else None
 
 
 def fail_at(

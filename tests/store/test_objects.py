@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from fedflow.errors import (
 )
 from fedflow.store.objects import CHUNK_SIZE, ObjectRef, ObjectStore, digest, publish_by_link, publish_under_lock
 from fedflow.testing.store import SharedStoreConformance, StoreConformance, start_python, together
+from tests.servers import s3_server
 
 # --- local file system -----------------------------------------------------------------------------------------------
 
@@ -388,6 +390,16 @@ class TestS3(SharedStoreConformance):
             with pytest.raises(StoreUnavailable, match=rf"{bucket}: cannot .* 'a'.*try again"):
                 call()
         store.put("a", b"")
+
+    def test_a_put_outlasts_an_outage_of_the_server(self) -> None:
+        with s3_server() as server, ThreadPoolExecutor(1) as pool:
+            options = {"access_key_id": server.access_key, "secret_access_key": server.secret_key}
+            store = ObjectStore(f"s3://{server.bucket}", {"endpoint": server.endpoint} | options)
+            server.kill()
+            put = pool.submit(store.put, "a", b"through")
+            server.restart()
+            put.result()
+            assert store.get("a") == b"through"
 
     def test_the_probe_refuses_a_server_without_conditional_requests(self, bucket: str, faulty_s3: FaultyProxy) -> None:
         faulty_s3.conditional = False

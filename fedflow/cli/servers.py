@@ -1,0 +1,80 @@
+"""`fedflow ui`, `fedflow deploy`: what needs a Prefect server."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+import webbrowser
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedflow.cli.options import HOME, Home, RunId, StoreUrl
+from fedflow.errors import UserError
+
+if TYPE_CHECKING:
+    from fedflow.environments import Run
+
+__all__ = ["deploy", "hold", "ui"]
+
+
+def ui(run_id: RunId, home: Home = HOME) -> None:
+    """Open the Prefect UI on RUN.
+
+    A run of the environment poc gets its server started again; it stops with Ctrl-C.
+    """
+    from fedflow.cli.following import ui_of
+    from fedflow.environments import recall
+
+    with recall(run_id, home) as environment:
+        handle = environment.attach(run_id)
+        url = ui_of(handle)
+        if url is None:
+            raise UserError(
+                f"{run_id}: found no UI for the environment {environment.kind}; `fedflow runs show {run_id}` shows its rounds"
+            )
+        _open(url)
+        if environment.kind == "poc":
+            hold(handle)
+        else:
+            typer.echo(url)
+
+
+def _open(url: str) -> None:
+    """Open a browser window, where there is a desktop to have one."""
+    if sys.platform == "darwin" or "DISPLAY" in os.environ or "WAYLAND_DISPLAY" in os.environ:
+        webbrowser.open(url)
+
+
+def hold(run: Run) -> None:
+    """Keep this process, and so the server that it started, until Ctrl-C or SIGTERM."""
+    from fedflow.cli.following import interruptible, ui_of
+
+    typer.echo(f"{ui_of(run)}  (Ctrl-C stops the server)", err=True)
+    with interruptible(), contextlib.suppress(KeyboardInterrupt):
+        threading.Event().wait()
+
+
+def deploy(
+    federation: Annotated[Path, typer.Argument(metavar="FEDERATION", help="The sites, YAML or JSON.")],
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", metavar="FILE", help="What the form for a new run is filled with.")
+    ] = None,
+    store: StoreUrl = None,
+    home: Home = HOME,
+) -> None:
+    """Create or update work pools and deployments of a federation.
+
+    On the Prefect server that PREFECT_API_URL names: a pool and a deployment per site, and the training's own.
+    """
+    from fedflow.cli.runs import load_recipe
+    from fedflow.environments import make
+    from fedflow.recipe import Federation
+
+    spec = None if recipe is None else load_recipe(recipe)
+    with make("prod", federation=Federation.load(federation), store=store, home=home) as environment:
+        for name in environment.deploy(spec):
+            typer.echo(name)

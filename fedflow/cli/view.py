@@ -1,0 +1,44 @@
+"""Where progress goes, and how much of it."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["View"]
+
+_STARTING = {
+    "sim": "starting the simulation",
+    "poc": "starting a Prefect server here, and a worker for each site",
+    "prod": "starting on the Prefect server",
+}
+
+
+@dataclass(frozen=True)
+class View:
+    """How a run is shown. home: where its plot goes; as_json: all but one object goes to stderr."""
+
+    home: Path
+    as_json: bool = False
+    quiet: bool = False
+
+    def console(self) -> Console:
+        from rich.console import Console
+
+        return Console(stderr=self.as_json, highlight=False)
+
+    def starting(self, env: str) -> AbstractContextManager[object]:
+        """Something to look at while `env` starts: a spinner, or a line where there is no terminal."""
+        if self.quiet:
+            return nullcontext()
+        console = self.console()
+        if console.is_terminal:
+            return console.status(f"{_STARTING[env]} …")
+        if env != "sim":
+            console.print(f"{_STARTING[env]} …")
+        return nullcontext()

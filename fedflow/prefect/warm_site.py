@@ -1,0 +1,36 @@
+"""Imported by the fork server of a site's worker: what every trainer needs, imported and used once.
+
+Nothing here may leave a thread behind: a fork copies only the thread that forks.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+import fedflow.flows.site as site
+from fedflow.errors import FedflowError
+
+
+def _first_use() -> None:
+    """The first step of the first optimizer of a process imports for a second."""
+    torch.set_num_threads(1)
+    model = torch.nn.Linear(2, 2)
+    for optimizer in (torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), torch.optim.AdamW(model.parameters())):
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+
+
+def _site_paths() -> None:
+    """The import path of this site; a configuration that is wrong is reported by the flow run, not here."""
+    try:
+        site.site_config()
+    except FedflowError as error:
+        print(error, file=sys.stderr)
+
+
+_first_use()
+_site_paths()
+
+if (tasks := Path("/proc/self/task")).exists() and len(list(tasks.iterdir())) > 1:
+    raise RuntimeError("the fork server has more than one thread; a fork of it could hang")

@@ -1,0 +1,202 @@
+"""fedflow's workers: they run only fedflow's own flows, each in a process forked from a warm parent.
+
+A stock process worker starts a fresh interpreter for every flow run, seconds of imports each, and executes whatever
+command the API names. These run a flow that is registered here, by name, as it is installed here; command, environment,
+entrypoint and pull steps that come over the API are not even read.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from functools import partial
+from importlib import import_module
+from inspect import isawaitable
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+from uuid import UUID
+
+import anyio
+import anyio.abc
+from prefect import Flow
+from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.exceptions import ObjectNotFound
+from prefect.states import Crashed
+from prefect.workers.base import BaseJobConfiguration, BaseVariables, BaseWorker, BaseWorkerResult
+
+from fedflow.errors import ResolveError
+from fedflow.prefect.api import OUTAGE
+from fedflow.recipe import SiteConfig
+
+if TYPE_CHECKING:
+    from multiprocessing.context import ForkServerProcess
+
+__all__ = ["CoordinatorWorker", "SiteWorker", "command", "environment", "start"]
+
+POLL = 0.1  # seconds between two looks whether a child ended
+LOOK = 1.0  # seconds between two looks whether its flow run is to be cancelled
+GRACE = 5.0  # seconds from SIGTERM to SIGKILL
+
+
+class FlowWorkerResult(BaseWorkerResult):
+    """identifier: the child's process id; status_code: its exit code."""
+
+
+class FlowWorker(BaseWorker[BaseJobConfiguration, BaseVariables, FlowWorkerResult]):
+    """Runs the flows that `flows` names: flow name -> "module:function"."""
+
+    type = "fedflow"
+    flows: ClassVar[dict[str, str]] = {}
+    preload: ClassVar[str]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload([self.preload])
+
+    async def setup(self) -> None:
+        """As every worker, and warm: the fork server starts importing now, not when the first round waits for it."""
+        await super().setup()
+        forkserver.ensure_running()
+
+    async def run(
+        self,
+        flow_run: FlowRun,
+        configuration: BaseJobConfiguration,
+        task_status: anyio.abc.TaskStatus[Any] | None = None,
+    ) -> FlowWorkerResult:
+        """Fork, watch, and stop the child where its flow run is cancelled. Raises ResolveError for a foreign flow."""
+        name = (await self.client.read_flow(flow_run.flow_id)).name
+        if name not in self.flows:
+            raise ResolveError(f"flow: found {name!r}, expected one of {sorted(self.flows)}; nothing else runs here")
+        process = self._context.Process(target=run_in_child, args=(self.flows[name], str(flow_run.id)), name=flow_run.name)
+        await anyio.to_thread.run_sync(process.start)
+        if task_status is not None:
+            task_status.started(process.pid)
+        try:
+            cancelled = await self._watch(process, flow_run.id)
+        finally:
+            kill_group(process)
+        if cancelled:
+            await self._mark_flow_run_as_cancelled(flow_run, {"message": "stopped by its worker"})
+        await self._run_hooks(self.flows[name], flow_run.id, crashed=not cancelled and process.exitcode != 0)
+        return FlowWorkerResult(identifier=str(process.pid), status_code=0 if cancelled else process.exitcode or 0)
+
+    async def _watch(self, process: ForkServerProcess, flow_run: UUID) -> bool:
+        """Returns when the child has ended; whether that was because its flow run is cancelled."""
+        since = 0.0
+        while process.is_alive():
+            await anyio.sleep(POLL)
+            since += POLL
+            if since >= LOOK:
+                since = 0.0
+                if await self._is_cancelling(flow_run):
+                    await self._stop(process)
+                    return True
+        return False
+
+    async def _is_cancelling(self, flow_run: UUID) -> bool:
+        try:
+            seen = await self.client.read_flow_run(flow_run)
+        except ObjectNotFound:
+            return True
+        except OUTAGE:
+            return False  # an API that does not answer cancels nothing
+        return seen.state_type in (StateType.CANCELLING, StateType.CANCELLED)
+
+    async def _stop(self, process: ForkServerProcess) -> None:
+        """SIGTERM to the child's group, SIGKILL after a grace."""
+        kill_group(process, signal.SIGTERM)
+        with anyio.move_on_after(GRACE):
+            while process.is_alive():
+                await anyio.sleep(POLL)
+        kill_group(process)
+
+    async def _run_hooks(self, target: str, flow_run: UUID, *, crashed: bool) -> None:
+        """The hooks that a killed process cannot run by itself."""
+        flow = load(target)
+        seen = await self.client.read_flow_run(flow_run)
+        hooks: list[Any] = []
+        if seen.state_type == StateType.CANCELLED:
+            hooks = list(flow.on_cancellation_hooks or [])
+        elif crashed:
+            hooks = list(flow.on_crashed_hooks or [])
+        state = seen.state if seen.state is not None else Crashed()
+        for hook in hooks:
+            called = await anyio.to_thread.run_sync(partial(cast(Callable[..., object], hook), flow, seen, state))
+            if isawaitable(called):
+                await cast(Awaitable[object], called)
+
+
+class SiteWorker(FlowWorker):
+    """A site's worker."""
+
+    type = "fedflow-site"
+    flows: ClassVar[dict[str, str]] = {"fedflow-site": "fedflow.flows.site:local_training"}
+    preload: ClassVar[str] = "fedflow.prefect.warm_site"
+    _description = "Runs fedflow's local training, as installed at this site, and nothing else."
+
+
+class CoordinatorWorker(FlowWorker):
+    """The coordinator's worker."""
+
+    type = "fedflow-coordinator"
+    flows: ClassVar[dict[str, str]] = {
+        "fedflow-training": "fedflow.flows.training:training",
+        "fedflow-round": "fedflow.flows.round:federated_round",
+    }
+    preload: ClassVar[str] = "fedflow.prefect.warm_coordinator"
+    _description = "Runs fedflow's trainings and rounds."
+
+
+# -- in the child ------------------------------------------------------------------------------------------------------
+def load(target: str) -> Flow[Any, Any]:
+    """The flow at "module:function"."""
+    module, _, function = target.partition(":")
+    return cast("Flow[Any, Any]", getattr(import_module(module), function))
+
+
+def run_in_child(target: str, flow_run_id: str) -> None:
+    """Run the flow in this process, as the leader of a group of its own."""
+    os.setsid()
+    os.environ["PREFECT__FLOW_RUN_ID"] = flow_run_id
+    from prefect.client.orchestration import get_client
+    from prefect.engine import handle_engine_signals
+    from prefect.flow_engine import run_flow
+
+    with handle_engine_signals(UUID(flow_run_id)):
+        with get_client(sync_client=True) as client:
+            flow_run = client.read_flow_run(UUID(flow_run_id))
+        run_flow(load(target), flow_run=flow_run)
+
+
+def kill_group(process: ForkServerProcess, sig: signal.Signals = signal.SIGKILL) -> None:
+    """Signal the child and all that it started; nothing where they are gone."""
+    if process.pid is not None:
+        try:
+            os.killpg(process.pid, sig)
+        except ProcessLookupError:
+            if process.is_alive():  # it has not become a group's leader yet
+                process.kill()
+
+
+# -- starting ----------------------------------------------------------------------------------------------------------
+def command(pool: str, name: str, worker: type[FlowWorker]) -> list[str]:
+    """The worker's command line."""
+    return [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--name", name, "--type", worker.type]
+
+
+def environment(config: SiteConfig, path: Path) -> dict[str, str]:
+    """What a site's worker needs in its environment besides the caller's own."""
+    api = {"PREFECT_API_URL": config.api_url} if config.api_url else {}
+    return {SiteConfig.environment_variable: str(path.resolve()), **api}
+
+
+def start(config: SiteConfig, path: Path) -> None:
+    """Become the worker of `config`'s site. Does not return."""
+    args = command(config.work_pool, config.name, SiteWorker)
+    os.execve(args[0], args, {**os.environ, **environment(config, path)})

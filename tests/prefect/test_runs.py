@@ -1,0 +1,124 @@
+"""Runs on a real server with real workers: the same result as everywhere, seen in the UI's data, without pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey, FlowRunFilter, FlowRunFilterTags
+from prefect.client.schemas.objects import StateType
+
+from fedflow.environments import SimEnv
+from fedflow.errors import RoundError
+from fedflow.prefect.api import connect, run_tag
+from fedflow.recipe import Federation
+from fedflow.testing.faults import fail_at
+from tests import builders
+from tests.prefect.conftest import Poc
+from tests.prefect.test_kills import MINUTES
+
+SAMPLED = {"schedule": {"kind": "sampled", "sites_per_round": 2}, "rounds": 3}
+
+
+def test_a_recipe_gives_one_digest_in_simulation_and_on_prefect(poc: Poc, undisturbed: Any, tmp_path: Path) -> None:
+    """With sampling, uneven sites, BatchNorm, dropout and momentum."""
+    recipe, expected = builders.recipe(**SAMPLED), undisturbed(**SAMPLED)["model"]
+    one_at_a_time = SimEnv(Federation.of(3), home=tmp_path / "one").execute(recipe, run_id="sim")
+    assert one_at_a_time.result(MINUTES).model_digest == expected
+    two_at_a_time = SimEnv(Federation.of(3), home=tmp_path / "two", workers=2).execute(recipe, run_id="sim")
+    assert two_at_a_time.result(MINUTES).model_digest == expected
+    assert poc.execute(recipe, "digest").result(MINUTES).model_digest == expected
+
+
+def test_the_ui_shows_every_round_site_and_exclusion(poc: Poc) -> None:
+    """Names, tags, a table a round, the progress and the report, as the UI reads them."""
+    run = poc.execute(builders.recipe(), "shown")
+    summary = run.result(MINUTES)
+    with connect(poc.env.api_url) as client:
+        runs = client.read_flow_runs(flow_run_filter=FlowRunFilter(tags=FlowRunFilterTags(all_=[run_tag(summary.nonce)])))
+        names = sorted(r.name for r in runs)
+        sites = [f"shown · round {r:03d} · {s}" for r in (0, 1) for s in builders.SITES]
+        assert names == sorted(["shown", "shown · round 000", "shown · round 001", *sites])
+        assert {r.state_type for r in runs} == {StateType.COMPLETED}
+        tables = client.read_artifacts(artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=["shown-round"])))
+        rows = json.loads(max(tables, key=lambda a: a.created).data)
+        assert [row["site"] for row in rows] == list(builders.SITES)
+        assert {"weight", "steps", "loss", "seconds", "bytes", "excluded because"} <= rows[0].keys()
+        progress = client.read_artifacts(artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=["shown-progress"])))
+        assert max(float(a.data) for a in progress) == 100
+        report = client.read_artifacts(artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=["shown-report"])))
+        assert summary.model_digest in report[0].data
+
+
+def test_nothing_that_prefect_keeps_is_pickled(poc: Poc) -> None:
+    """Parameters are JSON; no task or flow leaves a result behind."""
+    run = poc.execute(builders.recipe(rounds=1), "plain")
+    nonce = run.result(MINUTES).nonce
+    with connect(poc.env.api_url) as client:
+        runs = client.read_flow_runs(flow_run_filter=FlowRunFilter(tags=FlowRunFilterTags(all_=[run_tag(nonce)])))
+        assert all(json.loads(json.dumps(r.parameters)) == r.parameters for r in runs)
+        assert not [a for a in client.read_artifacts() if a.type == "result"]
+    assert not list(Path(poc.env.server.home).glob("storage/*"))
+
+
+def test_a_round_closes_without_a_site_that_never_answers(poc: Poc, tmp_path: Path) -> None:
+    """Quorum two of three: manifest and UI say why, its flow run is cancelled, no process is left."""
+    fields = {"quorum": 2, "rounds": 1, "attempts": 1, "timeouts": {"round_deadline": 15, "quorum_grace": 14, "train_timeout": 14}}
+    run = poc.execute(builders.recipe(**fields), "straggler", fail_at("training", site="site-3", effect="hang"))
+    summary = run.result(MINUTES)
+    (held,) = summary.rounds
+    assert sorted(held.sites) == ["site-1", "site-2"]
+    assert list(held.excluded) == ["site-3"]
+    with connect(poc.env.api_url) as client:
+        runs = client.read_flow_runs(flow_run_filter=FlowRunFilter(tags=FlowRunFilterTags(all_=[run_tag(summary.nonce), "site:site-3"])))
+        assert [r.state_type for r in runs] in ([StateType.CANCELLED], [StateType.CANCELLING], [StateType.CRASHED])
+        tables = client.read_artifacts(artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=["straggler-round"])))
+        (row,) = (row for row in json.loads(tables[0].data) if row["counts"] == "no")
+        assert row["site"] == "site-3" and row["excluded because"] == held.excluded["site-3"]
+    poc.heal()
+    poc.execute(builders.recipe(rounds=1), "after-straggler").result(MINUTES)  # the site's worker is free again
+
+
+def test_a_lost_quorum_fails_the_run_and_a_resume_goes_on(poc: Poc, undisturbed: Any) -> None:
+    """Quorum three of three: the run fails naming the site; with the site back it ends with the undisturbed bytes."""
+    fields = {"quorum": 3, "attempts": 1, "timeouts": {"round_deadline": 15, "train_timeout": 8}}
+    run = poc.execute(builders.recipe(**fields), "quorum", fail_at("training", site="site-3", round=1, effect="hang"))
+    with pytest.raises(RoundError, match=r"site-3"):
+        run.result(MINUTES)
+    assert run.status() == "failed"
+    assert [r.round for r in run.summary().rounds] == [0]
+    poc.heal()
+    assert poc.env.resume(run.id).result(MINUTES).model_digest == undisturbed()["model"]
+
+
+def test_a_failing_site_shows_its_traceback_in_the_rounds_log(poc: Poc) -> None:
+    """Two of three sites count; the third's exception is where the round's log is."""
+    fields = {"quorum": 2, "rounds": 1, "attempts": 1, "overrides": {"site-2": {"workload_args": {"site": "site-none"}}}}
+    run = poc.execute(builders.recipe(**fields), "traceback")
+    summary = run.result(MINUTES)
+    assert "ValueError" in summary.rounds[0].excluded["site-2"]
+    log = "\n".join(run.logs())
+    assert "Traceback" in log and "builders.py" in log
+
+
+def test_an_aborted_run_leaves_no_process_and_can_be_resumed(poc: Poc, undisturbed: Any, tmp_path: Path) -> None:
+    """Also on SQLite, where the engine itself loses cancellations."""
+    reached = tmp_path / "training"
+    run = poc.execute(builders.recipe(), "aborted", fail_at("training", round=1, effect="hang", token=reached))
+    run.wait(MINUTES, until=reached.exists)
+    run.abort()
+    poc.heal()
+    assert run.status() == "aborted"
+    assert not children_working_on(poc)
+    assert poc.env.resume(run.id).result(MINUTES).model_digest == undisturbed()["model"]
+
+
+def children_working_on(poc: Poc) -> list[psutil.Process]:
+    """Processes that the workers forked for a flow run: each leads a group of its own, the workers' tools do not."""
+    workers = {p.pid for p in poc.env.processes()}
+    below = [c for p in poc.env.processes() for c in psutil.Process(p.pid).children(recursive=True)]
+    return [c for c in below if c.is_running() and c.status() != psutil.STATUS_ZOMBIE and os.getpgid(c.pid) == c.pid and c.pid not in workers]

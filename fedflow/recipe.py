@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Protocol, Self, TypeVar
 
 import yaml
 from blake3 import blake3
@@ -353,6 +353,15 @@ class SiteOverrides(_Model):
     """Arguments of the workload, merged over the recipe's."""
 
 
+R = TypeVar("R", covariant=True)
+
+
+class Runs(Protocol[R]):
+    """Whatever runs recipes: an environment."""
+
+    def execute(self, recipe: Recipe, *, run_id: str | None = None) -> R: ...
+
+
 # -- the recipe --------------------------------------------------------------------------------------------------------
 class Recipe(_Model):
     """A run, as one value: model and data by name, algorithm, schedule, rounds, and what happens when something fails."""
@@ -423,6 +432,11 @@ class Recipe(_Model):
         """Digest of everything that a resume may not change."""
         fixed = {k: v for k, v in self.model_dump(mode="json").items() if k not in AMENDABLE}
         return f"blake3:{blake3(canonical_json(fixed)).hexdigest()}"
+
+    # -- running
+    def execute(self, env: Runs[R], *, run_id: str | None = None) -> R:
+        """Start this recipe in `env` and return a handle on the run at once; `env.execute(recipe)`, the other way round."""
+        return env.execute(self, run_id=run_id)
 
     # -- what holds for one site
     def training_at(self, site: SiteId) -> LocalTraining:

@@ -48,7 +48,7 @@ def _is_free(port: int) -> bool:
 class Server(ABC):
     """A process in a session and directory of its own, which can be killed and restarted on the same ports and data.
 
-    `start` and `restart` return once the server answers. One that exits, or says nothing for two minutes, is a
+    `start` and `restart` return once the server answers. One that exits, or says nothing for three minutes, is a
     RuntimeError with the end of its log (`server.log` in its directory).
     """
 
@@ -92,7 +92,7 @@ class Server(ABC):
                 start_new_session=True,  # Ctrl-C in the terminal reaches the tests only; they stop their servers
             )
         try:
-            self._wait(time.monotonic() + 120)
+            self._wait(time.monotonic() + 180)
         except BaseException:
             self.kill()
             raise

@@ -11,7 +11,6 @@ import httpx
 import pytest
 from obstore.exceptions import AlreadyExistsError
 from obstore.store import S3Store
-from playwright.sync_api import sync_playwright
 
 from tests.servers import (
     PostgresServer,
@@ -112,6 +111,8 @@ def test_prefect_keeps_its_flow_runs_over_a_kill() -> None:
 
 @pytest.mark.browser
 def test_the_prefect_ui_shows_a_flow(prefect_api: PrefectServer) -> None:
+    from playwright.sync_api import sync_playwright
+
     run_flow(prefect_api)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])

@@ -54,12 +54,12 @@ def aggregate_round(journal: Journal, plan: Plan, closing: Closing, *, bucket_by
     """
     recipe = journal.recipe()
     algorithm: Algorithm = recipe.algorithm
-    done = journal.manifest(plan.round, plan.phase)
+    head = journal.head(algorithm.phases)
+    assert head is not None
+    done = journal.manifest(plan.round, plan.phase)  # looked up after the head, else a commit in between passed for a foreign one
     if done is not None:
         return done
     started = time.monotonic()
-    head = journal.head(algorithm.phases)
-    assert head is not None
     if head.digest() != plan.parent:
         raise FedflowError(
             f"the plan continues {plan.parent}, but the newest commit is {head.digest()}; resume the run",
@@ -120,7 +120,7 @@ def _buckets(state: Any, updates: list[Contributor], bucket_bytes: int | None) -
             bucket, filled = [], 0
         bucket.append(name)
         filled += sizes[name]
-    if bucket:
+    if bucket or not sizes:  # a payload of scalars alone is one bucket without names
         yield bucket
 
 
@@ -248,10 +248,11 @@ def evaluate_model(recipe: Recipe, groups: Groups) -> dict[str, float]:
 
 
 def evaluate_round(journal: Journal, manifest: Manifest) -> Evaluation | None:
-    """The server's evaluation of a committed round: made, or found made; None where the recipe has none."""
+    """The server's evaluation of a committed round: made, or found made; None where the recipe has none, or the round has
+    phases to come."""
     found = journal.evaluation(manifest.round)
     recipe = journal.recipe()
-    if found is not None or recipe.evaluation is None:
+    if found is not None or recipe.evaluation is None or manifest.phase != recipe.algorithm.phases[-1]:
         return found
     started = time.monotonic()
     metrics = evaluate_model(recipe, read_model(journal, manifest))

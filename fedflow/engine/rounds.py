@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import uuid
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,9 +18,17 @@ from fedflow import __version__
 from fedflow.algorithm import Algorithm
 from fedflow.engine.aggregation import aggregate_round, commit_initial
 from fedflow.engine.updates import Checks
-from fedflow.errors import FedflowError, QuorumLost, RoundAborted, RunExists, UpdateInvalid, UserError
+from fedflow.errors import (
+    FedflowError,
+    QuorumLost,
+    RoundAborted,
+    RunExists,
+    UpdateInvalid,
+    UserError,
+    field_error,
+)
 from fedflow.local.model import build_model, load_checkpoint, model_groups
-from fedflow.recipe import AMENDABLE, Recipe
+from fedflow.recipe import AMENDABLE, NAME, Recipe
 from fedflow.store.journal import Journal
 from fedflow.store.objects import ObjectStore
 from fedflow.store.records import (
@@ -61,6 +70,8 @@ def start_run(store: ObjectStore, run: str, recipe: Recipe, sites: Sequence[Site
     Raises RunExists where the id belongs to a run with another recipe, and whatever is wrong with model and checkpoint,
     before anything is written.
     """
+    if not re.fullmatch(NAME, run):
+        raise UserError(field_error("run", run, f"a name that matches {NAME}", "choose another --run-id"))
     unknown = sorted({*recipe.overrides, *recipe.required_sites} - set(sites))
     if unknown:
         raise UserError(
@@ -96,20 +107,21 @@ def amend_run(
 
     Raises RunExists where another field than those of `AMENDABLE` differs.
     """
-    current = journal.recipe()
-    wanted = recipe or Recipe.model_validate({**current.model_dump(), **changes})
-    if wanted.digest() != current.digest():
-        raise RunExists(
-            f"run: found {journal.run!r} with another recipe ({_differences(current, wanted)}), expected no change but in "
-            f"{', '.join(sorted(AMENDABLE))}; take the others back, or start a new run"
-        )
-    before, after = current.model_dump(mode="json"), wanted.model_dump(mode="json")
-    changed = {field: after[field] for field in sorted(AMENDABLE) if before[field] != after[field]}
-    joined = sorted(set(sites) - set(journal.sites()))
-    if changed or joined:
+    while True:  # another resume may take the next number first: what it left to be changed is changed after it
+        current = journal.recipe()
+        wanted = recipe or Recipe.model_validate({**current.model_dump(), **changes})
+        if wanted.digest() != current.digest():
+            raise RunExists(
+                f"run: found {journal.run!r} with another recipe ({_differences(current, wanted)}), expected no change but in "
+                f"{', '.join(sorted(AMENDABLE))}; take the others back, or start a new run"
+            )
+        before, after = current.model_dump(mode="json"), wanted.model_dump(mode="json")
+        changed = {field: after[field] for field in sorted(AMENDABLE) if before[field] != after[field]}
+        joined = sorted(set(sites) - set(journal.sites()))
+        if not changed and not joined:
+            return current
         number = len(journal.amendments()) + 1
         journal.amend(Amendment(number=number, at=utc_now(), recipe=changed, sites=joined))
-    return journal.recipe()
 
 
 def _differences(old: Recipe, new: Recipe) -> str:
@@ -234,8 +246,15 @@ def open_round(
         return plan, openings[-1]
     if openings and (closing := journal.closing(plan, openings[-1].number)) and closing.quorate:
         return plan, openings[-1]  # nothing is left to collect: only to aggregate
-    deadline = utc_now() + recipe.durations.round_deadline
-    opening = Opening(number=len(openings) + 1, opened=utc_now(), deadline=deadline, why=why)
+    now = utc_now()
+    opening = Opening(
+        number=len(openings) + 1,
+        opened=now,
+        deadline=now + recipe.durations.round_deadline,
+        why=why,
+        quorum=plan.quorum if recipe.quorum is None else recipe.quorum,
+        required=recipe.required_sites,
+    )
     return plan, journal.put_opening(plan, opening)
 
 
@@ -282,7 +301,6 @@ def _make_plan(journal: Journal, recipe: Recipe, step: Step, absent: Mapping[Sit
         },
         absent=dict(absent),
         quorum=quorum,
-        required=recipe.required_sites,
         accept_bases=[r for r in range(step.round - back, step.round + 1) if r >= 0],
         late=late,
         amendments=len(journal.amendments()),
@@ -344,13 +362,14 @@ def may_close(
         return "every site answered"
     if at >= opening.deadline:
         return "deadline"
-    if quorum_since is not None and at >= quorum_since + grace and is_quorate(plan, found):
+    if quorum_since is not None and at >= quorum_since + grace and is_quorate(opening, found):
         return "quorum"
     return None
 
 
-def is_quorate(plan: Plan, found: Survey) -> bool:
-    return len(found.accepted) >= plan.quorum and all(site in found.accepted for site in plan.required)
+def is_quorate(terms: Opening | Closing, found: Survey) -> bool:
+    """Whether so many and such updates are there that the round can be committed."""
+    return len(found.accepted) >= terms.quorum and all(site in found.accepted for site in terms.required)
 
 
 def close_round(
@@ -376,7 +395,9 @@ def close_round(
         opening=opening.number,
         closed=utc_now(),
         why=why,
-        quorate=is_quorate(plan, found),
+        quorum=opening.quorum,
+        required=opening.required,
+        quorate=is_quorate(opening, found),
         contributors=dict(sorted(found.accepted.items())),
         excluded={**plan.absent, **reasons, **{s: r for s, r in found.rejected.items() if s in reasons}},
     )
@@ -389,8 +410,8 @@ def check_quorate(plan: Plan, closing: Closing) -> Closing:
         return closing
     missing = "; ".join(f"{site}: {why}" for site, why in sorted(closing.excluded.items()))
     raise QuorumLost(
-        f"found {len(closing.contributors)} valid updates, expected {plan.quorum}"
-        + (f" including {', '.join(plan.required)}" if plan.required else "")
+        f"found {len(closing.contributors)} valid updates, expected {closing.quorum}"
+        + (f" including {', '.join(closing.required)}" if closing.required else "")
         + f"; missing: {missing}; what was committed is kept: resume when the sites are back",
         run=plan.run,
         round=plan.round,
@@ -407,7 +428,7 @@ def exclude(journal: Journal, plan: Plan, closing: Closing, site: SiteId, reason
             "why": f"{site} excluded in aggregation",
             "contributors": left,
             "excluded": {**closing.excluded, site: reason},
-            "quorate": len(left) >= plan.quorum and all(s in left for s in plan.required),
+            "quorate": is_quorate(closing, Survey(left, {})),
         }
     )
     return journal.put_closing(plan, revised)

@@ -15,7 +15,7 @@ from torch import nn
 from fedflow.engine.aggregation import evaluate_round
 from fedflow.engine.rounds import amend_run, close_round, commit_round, next_step, open_round, start_run, survey
 from fedflow.engine.site import SiteWork, site_step
-from fedflow.errors import FedflowError
+from fedflow.errors import FedflowError, UserError, field_error
 from fedflow.recipe import Recipe, SiteConfig
 from fedflow.store.journal import Journal
 from fedflow.store.objects import ObjectStore
@@ -42,32 +42,38 @@ def simulate(
 ) -> Journal:
     """Run `recipe` to its end and return its journal; a run that was interrupted is continued.
 
-    workloads: site -> its workload, used in place of the recipe's; or only the sites' names
+    workloads: site -> its workload, used in place of the recipe's; or only the sites' names. Sites of an earlier start that
+               are not among them are absent.
     store:     URL of the store, with its options; default: in memory, gone with this process
     state:     URL below which the sites' states lie; default: beside the store
-    workers:   sites trained at a time; above 1 in processes of their own, from names only
+    workers:   sites trained at a time; above 1 in processes of their own, so from names only
     order:     (round, sites) -> the order in which they train; no bit depends on it
     Raises QuorumLost where a round cannot be committed; what was committed stays, and a second call goes on from there.
     """
     objects = ObjectStore(store or f"memory://fedflow-{uuid.uuid4().hex}", store_options)
     given = dict(workloads) if isinstance(workloads, Mapping) else {}
+    if workers > 1 and (given or model):
+        raise UserError(field_error("workers", workers, "1 where workloads or model are given as objects", "name them in the recipe"))
     base = state or f"{objects.url}-states"
     configs = {s: SiteConfig(name=s, store=objects.url, store_options=dict(store_options or {}), state=f"{base}/{s}") for s in workloads}
     journal = start_run(objects, run or f"{recipe.name}-{uuid.uuid4().hex[:8]}", recipe, sorted(configs))
     recipe = amend_run(journal, recipe, sites=sorted(configs))
+    if head := journal.head(recipe.algorithm.phases):
+        evaluate_round(journal, head)  # whoever was killed right after a commit has not done it
     with ExitStack() as stack:
         pool = stack.enter_context(_pool(workers)) if workers > 1 else None
         resumed = True
         while step := next_step(journal, recipe):
-            plan, opening = open_round(journal, step, reopen=resumed)
+            absent = dict.fromkeys(set(journal.sites()) - configs.keys(), "not among the workloads")
+            plan, opening = open_round(journal, step, absent=absent, reopen=resumed)
             resumed = False
-            chosen = order(plan.round, sorted(plan.tasks))
+            chosen = order(plan.round, sorted(plan.tasks.keys() - absent.keys()))
             works = [
                 (SiteWork(plan.run, plan.round, plan.phase, opening.number), configs[s], given.get(s)) for s in chosen
             ]
             failures = _in_processes(pool, works) if pool else _in_turn(works, objects, model)
             closing = close_round(
-                journal, plan, opening, survey(journal, plan), why="every site answered", missing=failures
+                journal, plan, opening, survey(journal, plan), why="every site answered", missing=absent | failures
             )
             manifest = commit_round(journal, plan, closing)
             evaluate_round(journal, manifest)

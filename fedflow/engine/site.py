@@ -22,7 +22,17 @@ from torch import nn
 
 from fedflow import __version__
 from fedflow.algorithm import Algorithm
-from fedflow.errors import FedflowError, KeyEscapesRoot, ObjectExists, ObjectMissing, OpeningClosed, SiteError, SiteStateLost, UserError
+from fedflow.errors import (
+    FedflowError,
+    KeyEscapesRoot,
+    ObjectCorrupt,
+    ObjectExists,
+    ObjectMissing,
+    OpeningClosed,
+    SiteError,
+    SiteStateLost,
+    UserError,
+)
 from fedflow.local.model import build_model
 from fedflow.local.training import LocalTrainer
 from fedflow.local.workload import check_workload
@@ -208,16 +218,18 @@ class _States:
         """The state that goes with the accepted update `base`; None where there was none, or the algorithm keeps none."""
         if base is None or not algorithm.SiteState.__dataclass_fields__:
             return None
+        key = self._key(base)
         try:
-            record = SiteStateRecord.from_bytes(self.store.get(self._key(base)))
-        except (ObjectMissing, ValueError) as error:
+            record = SiteStateRecord.from_bytes(self.store.get(key))
+            return read_state(self.store, algorithm.SiteState, record.state)
+        except (ObjectMissing, ObjectCorrupt, ValueError) as error:
             raise SiteStateLost(
-                f"site state lost: found none for update {base} in {self.store.url}, expected the one written with it; restore it from a copy",
+                f"site state lost: expected the one written with update {base} in {self.store.url}/{key}, found: {error}; "
+                "restore it from a copy",
                 run=self.plan.run,
                 round=self.plan.round,
                 site=site,
             ) from error
-        return read_state(self.store, algorithm.SiteState, record.state)
 
     def write(self, record: SiteStateRecord) -> None:
         with contextlib.suppress(ObjectExists):

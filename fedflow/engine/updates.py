@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedflow.errors import ObjectCorrupt, ObjectMissing, UpdateInvalid
+from fedflow.errors import ObjectCorrupt, ObjectMissing, StoreError, StoreUnavailable, UpdateInvalid
 from fedflow.store.journal import Journal, first_problem
 from fedflow.store.objects import ObjectRef
 from fedflow.store.records import Contribution, ContributorSummary, Plan, UpdateManifest
@@ -79,19 +79,22 @@ class Checks:
             self._check_weight(update)
             self._check_tensors(key, update)
         except ValueError as error:
-            return f"unreadable manifest: {first_problem(error)}"
-        except (UpdateInvalid, ObjectCorrupt) as error:
+            return f"unreadable manifest {key}: {first_problem(error)}"
+        except StoreUnavailable:
+            raise
+        except (UpdateInvalid, StoreError) as error:
             return str(error)
         return Contribution(key=key, update=update.update_digest(), base_round=update.round)
 
     def _check_header(self, site: SiteId, key: str, update: UpdateManifest) -> None:
         plan = self.plan
-        base = plan if update.round == plan.round else self.journal.plan(update.round, update.phase)
         expected = {"run": plan.run, "nonce": plan.nonce, "site": site, "phase": plan.phase}
         for field, value in expected.items():
             if getattr(update, field) != value:
                 raise UpdateInvalid(f"{field}: found {getattr(update, field)!r}, expected {value!r}")
-        if update.round not in plan.accept_bases or base is None or f"/{update.round:05d}/" not in key:
+        known = update.round in plan.accept_bases and key.startswith(f"{self.journal.inbox(site, update.round, plan.phase)}/")
+        base = plan if update.round == plan.round else self.journal.plan(update.round, plan.phase) if known else None
+        if not known or base is None:
             raise UpdateInvalid(f"base round: found {update.round}, expected one of {plan.accept_bases}")
         if update.plan != base.digest():
             raise UpdateInvalid(f"plan: found {update.plan}, expected {base.digest()}")
@@ -101,7 +104,10 @@ class Checks:
             raise UpdateInvalid(f"digest: found {update.update_digest()}, expected the one that names {key}")
 
     def _check_weight(self, update: UpdateManifest) -> None:
-        weight = self.recipe.algorithm.weight(as_update(update, {}))
+        try:
+            weight = self.recipe.algorithm.weight(as_update(update, {}))
+        except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+            raise UpdateInvalid(f"weight: cannot be computed from what was sent: {error!r}") from error
         if isinstance(weight, bool) or not math.isfinite(weight) or weight <= 0:
             raise UpdateInvalid(
                 f"weight: found {weight!r} (examples {update.examples}, steps {update.steps}), expected a finite number above 0"

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 from uuid import UUID
 
+from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterTags, LogFilter, LogFilterFlowRunId
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.sorting import FlowRunSort, LogSort
@@ -68,22 +71,21 @@ class ProdEnv:
         backend = _FlowRuns(self.api_url, nonce)
         handle = Run(journal.run, self.store, backend)
         remember(self, journal.run)
-        with connect(self.api_url) as client:
-            if backend.trainings(client, ACTIVE):
-                return handle
-            name = training_deployment(self.federation)
-            try:
-                deployment = client.read_deployment_by_name(name)
-            except ObjectNotFound as error:
-                raise UnreachableError(f"Prefect: found no deployment {name!r}, expected one; run `fedflow deploy` with the federation file") from error
-            parameters: dict[str, Any] = {
-                "recipe": journal.recipe().model_dump(mode="json"),
-                "federation": self.federation.model_dump(mode="json"),
-                "run_id": journal.run,
-            }
-            client.create_flow_run_from_deployment(
-                deployment.id, parameters=parameters, name=journal.run, tags=["fedflow", "training", run_tag(nonce)]
-            )
+        if backend.trainings(ACTIVE):
+            return handle
+        name = training_deployment(self.federation)
+        try:
+            deployment = backend.client.read_deployment_by_name(name)
+        except ObjectNotFound as error:
+            raise UnreachableError(f"Prefect: found no deployment {name!r}, expected one; run `fedflow deploy` with the federation file") from error
+        parameters: dict[str, Any] = {
+            "recipe": journal.recipe().model_dump(mode="json"),
+            "federation": self.federation.model_dump(mode="json"),
+            "run_id": journal.run,
+        }
+        backend.client.create_flow_run_from_deployment(
+            deployment.id, parameters=parameters, name=journal.run, tags=["fedflow", "training", run_tag(nonce)]
+        )
         return handle
 
     def ui_command(self, run: Run) -> str | None:
@@ -109,42 +111,47 @@ class _FlowRuns:
 
     def __init__(self, api_url: str | None, nonce: str) -> None:
         self.api_url, self.nonce = api_url, nonce
+        self._open = ExitStack()
+        self._client: SyncPrefectClient | None = None
 
-    def trainings(self, client: Any, states: list[StateType]) -> list[FlowRun]:
-        return [run for run in find_runs(client, run_tag(self.nonce), states=states) if "training" in run.tags]
+    @property
+    def client(self) -> SyncPrefectClient:
+        """One client for as long as this handle lives: making one takes longer than asking. Raises UnreachableError."""
+        if self._client is None:
+            self._client = self._open.enter_context(connect(self.api_url))
+        return self._client
+
+    def trainings(self, states: list[StateType]) -> list[FlowRun]:
+        return find_runs(self.client, run_tag(self.nonce), "training", states=states)
 
     def alive(self) -> bool:
         try:
-            with connect(self.api_url) as client:
-                return bool(self.trainings(client, ACTIVE))
+            return bool(self.trainings(ACTIVE))
         except (UnreachableError, *OUTAGE):
             return True  # an API that does not answer says nothing about the coordinator
 
     def abort(self) -> None:
-        with connect(self.api_url) as client:
-            while runs := find_runs(client, run_tag(self.nonce)):
-                cancel(client, runs, "aborted")
-                time.sleep(0.5)
+        while runs := find_runs(self.client, run_tag(self.nonce)):
+            cancel(self.client, runs, "aborted")
+            time.sleep(0.5)
 
     def logs(self, site: str | None) -> Iterator[str]:
-        with connect(self.api_url) as client:
-            wanted = FlowRunFilter(tags=FlowRunFilterTags(all_=[run_tag(self.nonce), *([f"site:{site}"] if site else [])]))
-            runs = _pages(lambda offset: client.read_flow_runs(flow_run_filter=wanted, sort=FlowRunSort.START_TIME_ASC, limit=200, offset=offset))
-            names: dict[UUID | None, str] = {run.id: run.name for run in runs}
-            which = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[i for i in names if i]))
-            for line in _pages(lambda offset: client.read_logs(which, sort=LogSort.TIMESTAMP_ASC, limit=200, offset=offset)):
-                yield f"{line.timestamp:%Y-%m-%d %H:%M:%S} [{names.get(line.flow_run_id, '')}] {line.message}"
+        wanted = FlowRunFilter(tags=FlowRunFilterTags(all_=[run_tag(self.nonce), *([f"site:{site}"] if site else [])]))
+        runs = _pages(partial(self.client.read_flow_runs, flow_run_filter=wanted, sort=FlowRunSort.START_TIME_ASC))
+        names: dict[UUID | None, str] = {run.id: run.name for run in runs}
+        which = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[i for i in names if i]))
+        for line in _pages(partial(self.client.read_logs, which, sort=LogSort.TIMESTAMP_ASC)):
+            yield f"{line.timestamp:%Y-%m-%d %H:%M:%S} [{names.get(line.flow_run_id, '')}] {line.message}"
 
     def ui(self) -> str | None:
-        with connect(self.api_url) as client:
-            runs = self.trainings(client, list(StateType))
-            base = str(client.api_url).rstrip("/").removesuffix("/api")
+        runs = self.trainings(list(StateType))
+        base = str(self.client.api_url).rstrip("/").removesuffix("/api")
         return f"{base}/runs/flow-run/{runs[-1].id}" if runs else base
 
 
-def _pages(read: Any) -> Iterator[Any]:
-    """Everything that `read(offset)` gives, page by page."""
+def _pages(read: Callable[..., list[Any]]) -> Iterator[Any]:
+    """Everything that `read(limit=…, offset=…)` gives, page by page."""
     offset = 0
-    while page := read(offset):
+    while page := read(limit=200, offset=offset):
         yield from page
         offset += len(page)

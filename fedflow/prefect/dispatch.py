@@ -137,7 +137,7 @@ class Collector:
             self.log.info("%s: update accepted (%d of %d)", site, len(self.found.accepted), len(self.plan.tasks))
         for site in sorted(self.found.rejected.keys() - before.rejected.keys()):
             self.log.warning("%s: update does not count: %s", site, self.found.rejected[site])
-        if self.quorum_since is None and is_quorate(self.plan, self.found):
+        if self.quorum_since is None and is_quorate(self.opening, self.found):
             self.quorum_since = utc_now()
 
     def _failed(self, site: SiteId, run: FlowRun) -> None:

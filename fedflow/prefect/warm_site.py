@@ -1,15 +1,19 @@
 """Imported by the fork server of a site's worker: what every trainer needs, imported and used once.
 
-Nothing here may leave a thread behind: a fork copies only the thread that forks.
+Nothing here may leave a thread behind: a fork copies only the thread that forks. numpy's OpenBLAS would start its pool
+when it is imported, so it is told not to; a trainer has the threads that the recipe's numerics give it (torch's own).
 """
 
+import os
 import sys
 from pathlib import Path
 
-import torch
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
-import fedflow.flows.site as site
-from fedflow.errors import FedflowError
+import torch  # noqa: E402
+
+import fedflow.flows.site as site  # noqa: E402
+from fedflow.errors import FedflowError  # noqa: E402
 
 
 def _first_use() -> None:

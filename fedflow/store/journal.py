@@ -9,6 +9,7 @@ sites/<site>/<run>/<r>/<phase>/<digest>.{json,safetensors}
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -129,7 +130,10 @@ class Journal:
         return self._create(key, failure)
 
     def failure(self, plan: Plan, site: SiteId, opening: int, attempt: int) -> Failure | None:
-        return self._read(self._failure(site, plan.round, plan.phase, opening, attempt), Failure)
+        """What the site said of an attempt that failed; None if it said nothing, or nothing that can be read."""
+        with contextlib.suppress(ObjectCorrupt):
+            return self._read(self._failure(site, plan.round, plan.phase, opening, attempt), Failure)
+        return None
 
     def _failure(self, site: SiteId, round: int, phase: str, opening: int, attempt: int) -> str:
         return f"sites/{site}/{self.run}/failures/{round:05d}.{phase}.{opening}.{attempt}.json"

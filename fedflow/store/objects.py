@@ -269,7 +269,7 @@ class ObjectStore:
         return self._of(f"{self.url}/{self._checked(prefix)}", self._backend.at(prefix))
 
     def put(self, key: str, data: Data, *, mode: Literal["create", "overwrite"] = "create") -> None:
-        """Store `data` under `key`: visible whole, and durable, when this returns; not at all if it raises.
+        """Store `data` under `key`: whole, durable and visible to all when this returns.
 
         create:    raises ObjectExists if the key is taken, and leaves it; of racing writers exactly one wins
         overwrite: replaces what is there; of racing writers the last one stays
@@ -518,8 +518,8 @@ def _check_range(key: str, start: int, end: int) -> None:
 class _Backend(Protocol):
     """What a kind of store does with checked keys. Raises its own exceptions; `explain` turns them into ours."""
 
-    probe_races: int  # how often `probe` lets
-    probe_writers: int  # so many race
+    probe_races: int  # races that `probe` holds
+    probe_writers: int  # in each of them
 
     def at(self, prefix: str) -> Self: ...
     def create(self, key: str, data: memoryview) -> None: ...  # exclusive
@@ -545,13 +545,16 @@ def _connect(url: str, options: dict[str, Any]) -> tuple[str, _Backend]:
     path = place.partition("/")[2]
     if path and (problem := _key_problem(path)):
         raise KeyEscapesRoot(f"{shown}: {problem}")
-    if scheme == "memory":
+    if scheme == "memory" and not options:
         return shown, _Fsspec(fsspec.filesystem("memory"), f"/{place}", (), _MEMORY)
+    if scheme == "memory":
+        raise StoreError(f"{shown}: found the options {sorted(options)}, expected none for a store in memory")
+    secrets = _secrets(options)
     if scheme not in _CLOUD:
-        return shown, _Fsspec(*_open_fsspec(url, shown, options), _secrets(options))
+        return shown, _Fsspec(*_open_fsspec(url, shown, options), secrets)
     if place != rest.rstrip("/"):
         raise StoreError(f"{shown}: found a login in the URL, expected credentials in the options or the environment")
-    return shown, _Cloud(_open_cloud(shown, options), _secrets(options))
+    return shown, _Cloud(_open_cloud(shown, options, secrets), secrets)
 
 
 # --- errors: what a message may show, and which of ours it is --------------------------------------------------------
@@ -627,7 +630,7 @@ def _connect_local(path: str, options: Mapping[str, Any]) -> tuple[str, _Backend
 class _Local:
     """Files below a directory; file and directory are on disk (fsync) when a put returns.
 
-    Plain system calls: fsspec's LocalFileSystem follows links out of the root, doesn't fsync, and its create checks
+    Plain system calls: fsspec's LocalFileSystem reads through links out of the root, doesn't fsync, and its create looks
     first and writes then. Links that someone swaps during a call are not defended against.
     """
 
@@ -715,7 +718,7 @@ class _Local:
 
     def get_sized(self, key: str, start: int, end: int) -> tuple[bytes, int]:
         with self._open(key) as file:
-            return _read_at(file, start, end), os.fstat(file.fileno()).st_size
+            return _read_at(file, start, end), _size(file)
 
     @contextmanager
     def _open(self, key: str) -> Iterator[IO[bytes]]:
@@ -807,8 +810,13 @@ def _directory_is_no_object() -> Iterator[None]:
 
 
 def _read_at(file: IO[bytes], start: int, end: int) -> bytes:
+    end = min(end, _size(file))  # what a reference claims must not decide how much memory is taken
     file.seek(start)
-    return file.read(end - start)
+    return file.read(end - start) if start < end else b""
+
+
+def _size(file: IO[bytes]) -> int:
+    return os.fstat(file.fileno()).st_size
 
 
 def _files(directory: str) -> Iterator[str]:
@@ -828,7 +836,7 @@ def _files(directory: str) -> Iterator[str]:
 # --- S3, GCS, Azure --------------------------------------------------------------------------------------------------
 
 
-def _open_cloud(url: str, options: dict[str, Any]) -> CloudStore:
+def _open_cloud(url: str, options: dict[str, Any], secrets: tuple[str, ...]) -> CloudStore:
     try:
         from obstore.store import from_url
     except ImportError:
@@ -844,10 +852,8 @@ def _open_cloud(url: str, options: dict[str, Any]) -> CloudStore:
             **options,
         )
     except Exception as exc:
-        told = _told(exc, _secrets(options))
-        raise StoreError(
-            f"{url}: {told}; expected the options of obstore.store.from_url for this kind of URL"
-        ) from None
+        told = _told(exc, secrets)
+        raise StoreError(f"{url}: {told}; expected the options of obstore.store.from_url") from None
 
 
 def _plain_http(options: Mapping[str, Any]) -> bool:
@@ -990,8 +996,8 @@ def _obstore() -> Any:
     if _obstore_runs_in not in (None, os.getpid()):
         raise StoreError(
             "this process was forked from one that had already used an s3, gs or az store, and obstore's threads do not"
-            " survive a fork; expected a process started by 'spawn' (multiprocessing.get_context('spawn'), subprocess),"
-            " or a parent that leaves such stores to its children"
+            " survive a fork; expected a process started by 'spawn' or 'forkserver' (multiprocessing.get_context), or"
+            " a parent that leaves such stores to its children"
         )
     _obstore_runs_in = os.getpid()
     return obstore

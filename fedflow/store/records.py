@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from blake3 import blake3
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
+from fedflow.errors import StoreError
 from fedflow.store.objects import ObjectRef
 from fedflow.types import SiteId, canonical_json
 
@@ -37,6 +38,8 @@ FORMAT: Literal[1] = 1
 
 Metric = float | None
 """A number for people; None stands for NaN and infinities, which JSON has not."""
+Count = Annotated[int, Field(strict=True, gt=-(2**53), lt=2**53)]
+"""A whole number as a site sends it: whatever it is, arithmetic with it ends in a number."""
 
 
 class _Record(BaseModel):
@@ -44,7 +47,7 @@ class _Record(BaseModel):
 
     def digest(self) -> str:
         """Digest of the record's canonical JSON."""
-        return f"blake3:{blake3(canonical_json(self.model_dump(mode='json'))).hexdigest()}"
+        return _digest(self.model_dump(mode="json"))
 
     def to_bytes(self) -> bytes:
         """Canonical JSON with the record's own digest in it, so that no byte of it can change unseen."""
@@ -52,15 +55,25 @@ class _Record(BaseModel):
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
-        """Raises ValueError where a byte is not as it was written, or a field is not as it should be."""
-        fields = json.loads(data)
-        if not isinstance(fields, dict) or canonical_json(fields) != data:
+        """Raises ValueError, and nothing else, where a byte is not as it was written or a field not as it should be."""
+        try:
+            fields = json.loads(data)
+            canonical = isinstance(fields, dict) and canonical_json(fields) == data
+        except RecursionError:
+            raise ValueError("JSON nested too deeply") from None
+        if not canonical:
             raise ValueError("not the canonical JSON of a record")
         digest = fields.pop("digest", None)
-        record = cls.model_validate(fields)
-        if digest != record.digest():
-            raise ValueError(f"digest {record.digest()}, expected {digest}")
-        return record
+        if digest != _digest(fields):
+            raise ValueError(f"digest {_digest(fields)}, expected {digest}")
+        try:
+            return cls.model_validate(fields)
+        except StoreError as error:  # from an ObjectRef in it
+            raise ValueError(str(error)) from error
+
+
+def _digest(fields: dict[str, Any]) -> str:
+    return f"blake3:{blake3(canonical_json(fields)).hexdigest()}"
 
 
 class RunRecord(_Record):
@@ -98,6 +111,7 @@ class Plan(_Record):
     parent:    digest of the manifest that the broadcast comes from
     broadcast: group -> object that sites train from
     absent:    site -> why it was not asked
+    quorum:    updates that close the round, unless the recipe says otherwise at an opening
     accept_bases: rounds whose updates count
     """
 
@@ -110,7 +124,6 @@ class Plan(_Record):
     tasks: dict[SiteId, TaskRecord]
     absent: dict[SiteId, str] = {}
     quorum: int
-    required: list[SiteId] = []
     accept_bases: list[int]
     late: Literal["drop", "carry"]
     amendments: int
@@ -118,12 +131,17 @@ class Plan(_Record):
 
 
 class Opening(_Record):
-    """`…/open/<k>.json`: the k-th attempt (from 1) to hold the round, with its absolute deadline."""
+    """`…/open/<k>.json`: the k-th attempt (from 1) to hold the round, with its absolute deadline.
+
+    quorum, required: updates, and sites among them, without which it does not close; a resume may have changed them
+    """
 
     number: int
     opened: datetime
     deadline: datetime
     why: str
+    quorum: int
+    required: list[SiteId] = []
 
 
 class Attempt(_Record):
@@ -153,18 +171,18 @@ class UpdateManifest(_Record):
     phase: str
     plan: str
     state_base: str | None
-    examples: Annotated[int, Field(strict=True)]
-    steps: Annotated[int, Field(strict=True)]
+    examples: Count
+    steps: Count
     lr_sum: Annotated[float, Field(strict=True)]
     groups: dict[str, ObjectRef]
     scalars: dict[str, Annotated[float, Field(strict=True)]] = {}
     metrics: dict[str, Metric] = {}
     state: str | None = None
     # -- not part of the digest
-    opening: int = 1
-    attempt: int = 1
+    opening: Count = 1
+    attempt: Count = 1
     seconds: float = 0.0
-    peak_rss: int = 0
+    peak_rss: Count = 0
     numerics: dict[str, JsonValue] = {}
     fedflow: str = ""
 
@@ -173,7 +191,7 @@ class UpdateManifest(_Record):
         parts = self.model_dump(
             mode="json", exclude={"opening", "attempt", "seconds", "peak_rss", "numerics", "fedflow"}
         )
-        return f"blake3:{blake3(canonical_json(parts)).hexdigest()}"
+        return _digest(parts)
 
 
 class Failure(_Record):
@@ -200,6 +218,7 @@ class Contribution(_Record):
 class Closing(_Record):
     """`…/closed/<k>.json`, later `<k>.<j>.json`: exactly what counts, and why the rest does not.
 
+    quorum, required: those of the opening
     quorate: whether the round can be committed; if not it stays open for another opening
     """
 
@@ -207,6 +226,8 @@ class Closing(_Record):
     revision: int = 0
     closed: datetime
     why: str
+    quorum: int
+    required: list[SiteId] = []
     quorate: bool
     contributors: dict[SiteId, Contribution]
     excluded: dict[SiteId, str]

@@ -73,7 +73,7 @@ def _header(store: ObjectStore, ref: ObjectRef) -> tuple[dict[str, tuple[TensorS
         parsed = {
             name: _entry(entry, ref.size - 8 - length) for name, entry in entries.items() if name != "__metadata__"
         }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ObjectCorrupt(f"{ref.key}: found a header that is not safetensors: {error}") from error
     return parsed, 8 + length
 

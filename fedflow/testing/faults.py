@@ -117,7 +117,7 @@ def _arm(trap: _Trap) -> None:
         return train(replace(trainer, on_step=on_step), broadcast, ctx)
 
     ObjectStore.put = faulty_put  # type: ignore[assignment,method-assign]
-    LocalTrainer.train = faulty_train  # type: ignore[method-assign]
+    LocalTrainer.train = faulty_train  # type: ignore[assignment,method-assign]
 
 
 class _Trap:

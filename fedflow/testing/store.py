@@ -364,6 +364,14 @@ class StoreConformance:
             with pytest.raises(ObjectCorrupt, match=f"{ref.key}.*expected 3500 bytes.*found {found} bytes"):
                 store.read(ref, *bounds)
 
+    def test_a_claim_to_be_huge_takes_no_memory(self, store: ObjectStore) -> None:
+        store.put("a", b"0123456789")
+        with pytest.raises(ObjectCorrupt, match="found 10 bytes"):
+            store.read(ObjectRef("a", 1 << 60, digest(b""), chunk_size=1 << 60))
+        for ranges in ([(0, 1 << 60)], [(5, 6), (0, 1 << 60)]):
+            with pytest.raises(ObjectCorrupt, match="found 10 bytes from 0 on"):
+                store.get_ranges("a", ranges)
+
     # --- confinement
 
     @pytest.mark.parametrize("key", REFUSED, ids=ascii)

@@ -50,7 +50,9 @@ def test_missing_workload(project: Project) -> None:
     project.recipe(workload="points_workload:Nope")
     mistake = project.call("run", "recipe.yaml").mistake
     assert all(word in mistake for word in ["workload", "'points_workload:Nope'", "'Points'"])
-    checked = project.call("recipe", "check", "recipe.yaml")  # at a coordinator that has no data this is as it should be
+    checked = project.call(
+        "recipe", "check", "recipe.yaml"
+    )  # at a coordinator that has no data this is as it should be
     assert (checked.code, checked.err) == (0, "")
     assert "points_workload:Nope: not found here; each site must find it" in checked.out
 
@@ -123,7 +125,14 @@ def test_run_id_of_another_recipe(trained: Project) -> None:
 @pytest.mark.parametrize(
     "command",
     [
-        *("resume nobody", "extend nobody --rounds 9", "abort nobody", "runs show nobody", "logs nobody", "plot nobody"),
+        *(
+            "resume nobody",
+            "extend nobody --rounds 9",
+            "abort nobody",
+            "runs show nobody",
+            "logs nobody",
+            "plot nobody",
+        ),
         *("export nobody out.pt", "ui nobody"),
     ],
 )

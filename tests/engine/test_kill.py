@@ -16,7 +16,6 @@ import fsspec
 import pytest
 
 from fedflow.engine import rounds
-from fedflow.recipe import Recipe
 from fedflow.store.objects import ObjectStore
 from fedflow.store.records import utc_now
 from fedflow.testing.faults import Fault, Step, When, fail_at
@@ -105,12 +104,11 @@ def test_a_run_killed_at_any_write_ends_with_the_same_bytes(
     assert trainings(tmp_path / "log") == undisturbed.trainings + again
 
 
-@pytest.mark.parametrize("nth", [2, 4])
 def test_a_run_killed_between_two_objects_of_an_aggregation_ends_with_the_same_bytes(
-    tmp_path: Path, undisturbed: Undisturbed, nth: int
+    tmp_path: Path, undisturbed: Undisturbed
 ) -> None:
     fields = logged(tmp_path / "log")
-    killed(fail_at("server objects", round=0, nth=nth - 1, token=tmp_path / "token"), fields, tmp_path / "store")
+    killed(fail_at("server objects", round=0, nth=2, token=tmp_path / "token"), fields, tmp_path / "store")
     journal = run(recipe(**fields), str(tmp_path / "store"))
     assert without_log(outcome(journal)) == undisturbed.outcome
     assert trainings(tmp_path / "log") == undisturbed.trainings
@@ -188,10 +186,15 @@ def replay(operations: list[Operation], old: str, new: str) -> None:
             store.delete(key)
 
 
-@pytest.mark.parametrize("algorithm", ["fedavg", "tests.builders:Leaning", "tests.builders:Bounded"])
-def test_the_journal_goes_on_from_every_prefix_of_its_writes(history: list[Operation], algorithm: str) -> None:
+@pytest.mark.parametrize(("algorithm", "rounds"), [("tests.builders:Leaning", 2), ("tests.builders:Bounded", 1)])
+def test_the_journal_goes_on_from_every_prefix_of_its_writes(history: list[Operation], algorithm: str, rounds: int) -> None:
     """A machine that loses power after any write: what is there is enough to end with the same bytes."""
-    small: Recipe = recipe(algorithm=algorithm, evaluation="tests.builders:HeldOut", training={"steps": 1, "batch_size": 8})
+    small = recipe(
+        algorithm=algorithm,
+        rounds=rounds,
+        evaluation="tests.builders:HeldOut",
+        training={"steps": 1, "batch_size": 8},
+    )
     sites = ["site-1", "site-2"]
     journal = run(small, "memory://prefix", sites=sites)
     expected = without_log(outcome(journal))

@@ -1,19 +1,38 @@
-"""A real Prefect server with real workers on this machine, shared by the tests that only look at runs."""
+"""Real Prefect servers with real workers: one on SQLite that fedflow starts, one on PostgreSQL and S3 as in production."""
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from fedflow.environments.base import Run
 from fedflow.environments.poc import PocEnv
+from fedflow.environments.prod import ProdEnv
+from fedflow.prefect.worker import CoordinatorWorker, command
 from fedflow.recipe import Federation, Recipe
 from fedflow.testing.faults import Fault, watching
 from tests import builders
+from tests.servers import PrefectServer, S3Server
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def own_algorithm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder into which the example package with its own algorithm is installed."""
+    folder = tmp_path_factory.mktemp("installed")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target", str(folder)]
+    subprocess.run([*pip, str(ROOT / "examples" / "own-algorithm")], check=True)
+    return folder
 
 
 @dataclass(frozen=True)
@@ -35,10 +54,11 @@ class Poc:
 
 
 @pytest.fixture(scope="session")
-def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Poc]:
+def started(tmp_path_factory: pytest.TempPathFactory, own_algorithm: Path) -> Iterator[Poc]:
     home = tmp_path_factory.mktemp("poc")
     fault_file = home / "fault.json"
-    with PocEnv(Federation.of(3), home=home, environment=watching(fault_file, {})) as env:
+    environment = watching(fault_file, {"PYTHONPATH": str(own_algorithm)})
+    with PocEnv(Federation.of(3), home=home, environment=environment) as env:
         env.start(None)
         yield Poc(env, fault_file)
 
@@ -52,6 +72,40 @@ def poc(started: Poc) -> Iterator[Poc]:
 
 
 @pytest.fixture(scope="session")
+def prod(
+    tmp_path_factory: pytest.TempPathFactory, prefect_api: PrefectServer, s3: S3Server, own_algorithm: Path
+) -> Iterator[ProdEnv]:
+    """As users deploy it: a Prefect server on PostgreSQL, an S3 store, workers started by the documented commands."""
+    home = tmp_path_factory.mktemp("prod")
+    store = f"s3://{s3.new_bucket()}/federation"
+    federation = Federation.of(3, store=store)
+    paths = os.pathsep.join([str(own_algorithm), str(ROOT)])
+    environment = {**os.environ, **prefect_api.env, **s3.env, "PREFECT_WORKER_QUERY_SECONDS": "1", "PYTHONPATH": paths}
+    commands = [command(federation.coordinator_pool, "coordinator", CoordinatorWorker)]
+    for name in federation.names:
+        config = home / f"{name}.yaml"
+        config.write_text(yaml.safe_dump({"name": name, "store": store, "state": str(home / name)}))
+        commands.append([sys.executable, "-m", "fedflow.cli", "site", "start", "--config", str(config)])
+    before = dict(os.environ)
+    os.environ |= s3.env  # the coordinator's side of this test reads the same store
+    env = ProdEnv(federation, home=home, api_url=prefect_api.url)
+    env.deploy()
+    with (home / "workers.log").open("wb") as log:
+        workers = [
+            subprocess.Popen(c, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+            for c in commands
+        ]
+        try:
+            yield env
+        finally:
+            for worker in workers:
+                os.killpg(worker.pid, signal.SIGKILL)
+                worker.wait()
+            os.environ.clear()
+            os.environ.update(before)
+
+
+@pytest.fixture(scope="session")
 def undisturbed() -> Any:
     """(fields of a recipe) -> the outcome of its reference run, in memory, once a session."""
     known: dict[str, dict[str, Any]] = {}
@@ -59,8 +113,7 @@ def undisturbed() -> Any:
     def outcome(**fields: Any) -> dict[str, Any]:
         key = repr(sorted(fields.items()))
         if key not in known:
-            without_log = {k: v for k, v in fields.items() if k != "workload"}
-            known[key] = builders.outcome(builders.run(builders.recipe(**without_log)))
+            known[key] = builders.outcome(builders.run(builders.recipe(**fields)))
         return known[key]
 
     return outcome

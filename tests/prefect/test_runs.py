@@ -13,6 +13,7 @@ from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey, Fl
 from prefect.client.schemas.objects import StateType
 
 from fedflow.environments import SimEnv
+from fedflow.environments.prod import ProdEnv
 from fedflow.errors import RoundError
 from fedflow.prefect.api import connect, run_tag
 from fedflow.recipe import Federation
@@ -24,14 +25,30 @@ from tests.prefect.test_kills import MINUTES
 SAMPLED = {"schedule": {"kind": "sampled", "sites_per_round": 2}, "rounds": 3}
 
 
-def test_a_recipe_gives_one_digest_in_simulation_and_on_prefect(poc: Poc, undisturbed: Any, tmp_path: Path) -> None:
-    """With sampling, uneven sites, BatchNorm, dropout and momentum."""
+def test_a_recipe_gives_one_digest_in_all_three_environments(
+    poc: Poc, prod: ProdEnv, undisturbed: Any, tmp_path: Path
+) -> None:
+    """With sampling, uneven sites, BatchNorm, dropout and momentum; one or two sites at a time, in any order."""
     recipe, expected = builders.recipe(**SAMPLED), undisturbed(**SAMPLED)["model"]
     one_at_a_time = SimEnv(Federation.of(3), home=tmp_path / "one").execute(recipe, run_id="sim")
     assert one_at_a_time.result(MINUTES).model_digest == expected
     two_at_a_time = SimEnv(Federation.of(3), home=tmp_path / "two", workers=2).execute(recipe, run_id="sim")
     assert two_at_a_time.result(MINUTES).model_digest == expected
     assert poc.execute(recipe, "digest").result(MINUTES).model_digest == expected
+    assert recipe.execute(prod, run_id="digest").result(MINUTES).model_digest == expected
+
+
+def test_an_algorithm_from_an_installed_package_runs_in_all_three_environments(
+    poc: Poc, prod: ProdEnv, own_algorithm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found by its entry point, at the coordinator and at the sites; its extra state commits with the rounds."""
+    monkeypatch.syspath_prepend(str(own_algorithm))
+    recipe = builders.recipe(algorithm={"kind": "polyak", "decay": 0.25})
+    simulated = recipe.execute(SimEnv(Federation.of(3), home=tmp_path), run_id="own").result(MINUTES)
+    plain = builders.head(builders.run(builders.recipe()))
+    assert simulated.model_digest != plain.model_digest
+    assert poc.execute(recipe, "own").result(MINUTES).model_digest == simulated.model_digest
+    assert recipe.execute(prod, run_id="own").result(MINUTES).model_digest == simulated.model_digest
 
 
 def test_the_ui_shows_every_round_site_and_exclusion(poc: Poc) -> None:

@@ -1,0 +1,55 @@
+"""`fedflow doctor`: every line ok, warn or fail, with its fix; exit code 0 only if nothing fails."""
+
+from __future__ import annotations
+
+import re
+
+from tests.cli.project import Project, Result
+from tests.servers import PrefectServer
+
+
+def lines(result: Result) -> dict[str, tuple[str, str]]:
+    """What was looked at -> (state, the rest of its line)."""
+    found = re.findall(r"^(ok|warn|fail)   ? ?(\S.*?)  +(.*?) *$", result.out, re.M)
+    return {what: (state, rest) for state, what, rest in found}
+
+
+def test_all_is_well(project: Project) -> None:
+    recipe = project.recipe(timeouts={"round_deadline": "10m"})
+    result = project.call("doctor", recipe, "--store", "store")
+    found = lines(result)
+    assert (result.code, result.err) == (0, ""), result
+    for what in ("fedflow", "python", "torch", "prefect", "fastapi", "federation", "recipe", "store"):
+        assert found[what][0] in ("ok", "warn"), found[what]
+    assert found["round_deadline"] == ("ok", "10m 00s")
+    assert found["quorum_grace"] == ("ok", "30 s  (follows from round_deadline)")
+    assert found["run_timeout"] == ("ok", "none")
+    assert found["Prefect server"][0] == "warn" and "PREFECT_API_URL" in found["Prefect server"][1]
+
+
+def test_what_fails_is_named_with_its_fix(project: Project) -> None:
+    recipe = project.recipe(timeouts={"round_deadline": "1m", "train_timeout": "2m"})
+    (project.folder / "file").touch()
+    result = project.call("doctor", recipe, "--store", "file/store")
+    found = lines(result)
+    assert result.code == 1
+    assert found["recipe"][0] == "fail" and "train_timeout (0:02:00)" in found["recipe"][1]
+    assert found["store"][0] == "fail" and "file/store" in found["store"][1]
+    assert re.match(r"error: 2 of \d+ checks failed\n$", result.err)
+
+
+def test_server_that_does_not_answer(project: Project) -> None:
+    result = project.shell("doctor", PREFECT_API_URL="http://127.0.0.1:1/api")
+    state, rest = lines(result)["Prefect server"]
+    assert (result.code, state) == (1, "fail")
+    assert "http://127.0.0.1:1/api" in rest
+
+
+def test_server_with_and_without_workers(project: Project, prefect_api: PrefectServer) -> None:
+    result = project.shell("doctor", "recipe.yaml", PREFECT_API_URL=prefect_api.url)
+    found = lines(result)
+    assert result.code == 0, result
+    assert found["Prefect server"][0] == "ok"
+    state, rest = found["worker of site-1"]
+    assert state == "warn"
+    assert "no work pool 'site-1'" in rest and "fedflow site start" in rest

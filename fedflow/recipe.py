@@ -447,6 +447,11 @@ class Recipe(_Model):
         """Workload arguments with `site`'s overrides."""
         return {**self.workload.args, **self.overrides.get(site, SiteOverrides()).workload_args}
 
+    def server_modules(self) -> list[str]:
+        """Modules that model and evaluation come from."""
+        refs = [self.model, *([self.evaluation] if self.evaluation else [])]
+        return sorted({ref.path.partition(":")[0] for ref in refs if ":" in ref.path})
+
     @property
     def durations(self) -> Timeouts:
         """All six durations, filled in."""
@@ -541,6 +546,8 @@ class SiteConfig(_Model):
     """Arguments of every workload here, over what the recipe says: paths of the data, for instance."""
     python_path: list[str] = []
     """Folders added to the import path."""
+    preload: list[str] = []
+    """Modules that the worker imports once, before it forks a trainer: what workloads import slowly."""
     api_url: str | None = None
     """URL of the Prefect API. Default: the environment's."""
 

@@ -222,9 +222,9 @@ def path_of(store: ObjectStore, key: str) -> Path:
 
 
 def flip(path: Path, at: int | None = None) -> bytes:
-    """Change one bit of the file (default: in its middle byte); returns what it was."""
+    """Change one bit of the file (default: in its middle byte; −1: in its last); returns what it was."""
     data = path.read_bytes()
-    at = len(data) // 2 if at is None else at
+    at = len(data) // 2 if at is None else at % len(data)
     path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
     return data
 

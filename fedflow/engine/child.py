@@ -8,6 +8,7 @@ import os
 import signal
 import traceback
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -23,9 +24,10 @@ __all__ = ["aggregate_in_child", "evaluate_in_child", "warm_up"]
 _context = multiprocessing.get_context("forkserver")
 
 
-def warm_up() -> None:
-    """Have the fork server import everything once; a child then starts in milliseconds."""
-    _context.set_forkserver_preload(["fedflow.engine.child"])
+def warm_up(*modules: str) -> None:
+    """Have the fork server import everything, and `modules`, once; a child then starts in milliseconds."""
+    _context.set_forkserver_preload(["fedflow.engine.child", *modules])
+    forkserver.ensure_running()
 
 
 def aggregate_in_child(store: str, options: dict[str, Any], run: str, round: int, phase: str, opening: int, *, timeout: float) -> None:

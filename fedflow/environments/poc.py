@@ -18,6 +18,7 @@ import yaml
 
 from fedflow.environments.base import DEFAULT_HOME, Run
 from fedflow.environments.local import child_environment, stop_group
+from fedflow.environments.postgres import Postgres
 from fedflow.environments.prod import ProdEnv
 from fedflow.errors import UnreachableError
 from fedflow.prefect import worker
@@ -47,10 +48,17 @@ def clean_environment(**more: str) -> dict[str, str]:
 
 
 class Server:
-    """A Prefect server on a free port of this machine, with a home of its own; SQLite unless told otherwise."""
+    """A Prefect server on a free port of this machine, with a home of its own.
 
-    def __init__(self, home: Path, *, port: int | None = None) -> None:
+    database: "postgres" (needs the extra `poc`), "sqlite" (loses writes when many talk at once), or an SQLAlchemy URL;
+              default: postgres where it is installed
+    """
+
+    def __init__(self, home: Path, *, port: int | None = None, database: str | None = None) -> None:
         self.home, self.port = home, port or free_port()
+        self._database = database or ("postgres" if Postgres.available() else "sqlite")
+        self._postgres = Postgres(home / "postgres") if self._database == "postgres" else None
+        self._url: str | None = None if self._database in ("postgres", "sqlite") else self._database
         self.url = f"http://127.0.0.1:{self.port}/api"
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -59,7 +67,10 @@ class Server:
         self.home.mkdir(parents=True, exist_ok=True)
         log = self.home / "server.log"
         args = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(self.port)]
-        self._process = _spawn(args, log, clean_environment(**self.environment(), **SERVER))
+        if self._postgres is not None and self._url is None:
+            self._url = self._postgres.start()
+        url = {"PREFECT_SERVER_DATABASE_CONNECTION_URL": self._url} if self._url else {}
+        self._process = _spawn(args, log, clean_environment(**self.environment(), **SERVER, **url))
         until = time.monotonic() + timeout
         while time.monotonic() < until and self._process.poll() is None:
             with contextlib.suppress(httpx.HTTPError):
@@ -84,6 +95,9 @@ class Server:
         if self._process is not None:
             _stop(self._process)
             self._process = None
+        if self._postgres is not None:
+            self._postgres.stop()
+            self._url = None
 
     def __enter__(self) -> Self:
         self.start()
@@ -99,6 +113,7 @@ class PocEnv(ProdEnv):
     It never touches the user's own Prefect configuration. Servers and workers start with the first run and stop with
     `close()`, or at the end of a `with` block; what they recorded stays in `home` and is there again the next time.
 
+    database: of the Prefect server: "postgres", "sqlite" or a URL; default: postgres with the extra `poc`, else sqlite
     environment: more variables for the workers and what they start
     """
 
@@ -110,12 +125,13 @@ class PocEnv(ProdEnv):
         *,
         store: str | None = None,
         home: str | Path = DEFAULT_HOME,
+        database: str | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> None:
         self.home = Path(home).resolve()
         wanted = Federation.of(federation) if isinstance(federation, int) else federation
         placed = wanted.model_copy(update={"store": store or wanted.store or str(self.home / "store")})
-        self.server = Server(self.home / "prefect")
+        self.server = Server(self.home / "prefect", database=database)
         self.environment = dict(environment or {})
         self._workers: list[subprocess.Popen[bytes]] = []
         super().__init__(placed, home=self.home, api_url=self.server.url)
@@ -146,14 +162,14 @@ class PocEnv(ProdEnv):
         common = self.server.environment() | self.environment
         self._spawn_worker("coordinator", worker.command(self.federation.coordinator_pool, "coordinator", worker.CoordinatorWorker), common)
         for site in self.federation.sites:
-            config, path = self._site_config(site.name)
+            config, path = self._site_config(site.name, recipe)
             args = worker.command(config.work_pool, site.name, worker.SiteWorker)
             self._spawn_worker(site.name, args, common | worker.environment(config, path))
 
     def _spawn_worker(self, name: str, args: list[str], env: dict[str, str]) -> None:
         self._workers.append(_spawn(args, self.home / "logs" / f"worker-{name}.log", clean_environment(**env)))
 
-    def _site_config(self, name: str) -> tuple[SiteConfig, Path]:
+    def _site_config(self, name: str, recipe: Recipe | None) -> tuple[SiteConfig, Path]:
         site = next(s for s in self.federation.sites if s.name == name)
         folder = self.home / "sites" / name
         folder.mkdir(parents=True, exist_ok=True)
@@ -164,6 +180,7 @@ class PocEnv(ProdEnv):
             store=self.federation.store,
             store_options=self.federation.store_options,
             state=site.state or str(folder / "state"),
+            preload=sorted({r.path.partition(":")[0] for r in (recipe.workload, recipe.model) if ":" in r.path}) if recipe else [],
         )
         path = folder / "site.yaml"
         path.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_defaults=True), sort_keys=False))

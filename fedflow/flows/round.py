@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from uuid import UUID
 
 from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
@@ -78,8 +79,8 @@ def dispatch_all(journal: Journal, plan: Plan, opening: Opening) -> dict[str, Wa
         if a.opening == opening.number:
             sent[a.site] = max(sent[a.site], a.attempt)
     attempts = {site: sent.get(site, 1) for site in sites}
-    futures = {site: dispatch.submit(journal, plan, opening, site, attempt) for site, attempt in attempts.items()}
-    return {site: Watched(attempts[site], future.result()) for site, future in futures.items()}
+    runs: dict[str, UUID] = {site: dispatch(journal, plan, opening, site, n) for site, n in attempts.items()}  # type: ignore[misc]
+    return {site: Watched(attempts[site], run) for site, run in runs.items()}
 
 
 @task(task_run_name="dispatch {site}", cache_policy=NO_CACHE, persist_result=False, retries=2, retry_delay_seconds=exponential_backoff(2), retry_jitter_factor=0.5)

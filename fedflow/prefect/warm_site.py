@@ -4,6 +4,7 @@ Nothing here may leave a thread behind: a fork copies only the thread that forks
 when it is imported, so it is told not to; a trainer has the threads that the recipe's numerics give it (torch's own).
 """
 
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -25,16 +26,17 @@ def _first_use() -> None:
         optimizer.step()
 
 
-def _site_paths() -> None:
-    """The import path of this site; a configuration that is wrong is reported by the flow run, not here."""
+def _preload() -> None:
+    """What this site's configuration asks for; what is wrong with it is reported by the flow run, not here."""
     try:
-        site.site_config()
-    except FedflowError as error:
+        for module in site.site_config().preload:
+            importlib.import_module(module)
+    except (FedflowError, ImportError) as error:
         print(error, file=sys.stderr)
 
 
 _first_use()
-_site_paths()
+_preload()
 
 if (tasks := Path("/proc/self/task")).exists() and len(list(tasks.iterdir())) > 1:
     raise RuntimeError("the fork server has more than one thread; a fork of it could hang")

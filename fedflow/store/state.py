@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from fedflow.errors import FedflowError
 from fedflow.store.objects import ObjectRef, ObjectStore
 from fedflow.store.records import StateRecord
 from fedflow.store.tensors import read_tensors, write_tensors
+from fedflow.types import canonical_json
 
 __all__ = ["merge", "read_state", "restrict", "tensor_fields", "write_state"]
 
@@ -28,19 +30,24 @@ def write_state(
     """Write `state` below `prefix`. known: id of a tensor mapping -> object that holds it already."""
     known = known or {}
     tensors = tensor_fields(state)
-    scalars = {f.name: getattr(state, f.name) for f in dataclasses.fields(state) if f.name not in tensors}
-    for name, value in scalars.items():
-        if not isinstance(value, (str, int, float, bool, type(None), list, tuple)):
-            raise FedflowError(
-                f"{type(state).__name__}.{name}: found {type(value).__name__}, expected tensors by name or a JSON value; "
-                "keep what must persist in these"
-            )
+    scalars = {f.name: _as_json(state, f.name) for f in dataclasses.fields(state) if f.name not in tensors}
     refs = {name: known.get(id(value)) or write_tensors(store, prefix, value) for name, value in tensors.items()}
     return StateRecord(tensors=refs, scalars=scalars)
 
 
+def _as_json(state: Any, field: str) -> Any:
+    value = getattr(state, field)
+    try:
+        return json.loads(canonical_json(value))
+    except (TypeError, ValueError) as error:
+        raise FedflowError(
+            f"{type(state).__name__}.{field}: found {type(value).__name__}, expected tensors by name or a JSON value ({error}); "
+            "keep what must persist in these"
+        ) from error
+
+
 def read_state(store: ObjectStore, cls: type[Any], record: StateRecord, names: Iterable[str] | None = None) -> Any:
-    """The state of class `cls`, verified; with `names` only those tensors of every field."""
+    """The state of class `cls`, verified; with `names` only those tensors of every field. Lists come back as tuples."""
     wanted = None if names is None else list(names)
     tensors = {field: read_tensors(store, ref, wanted) for field, ref in record.tensors.items()}
     scalars = {name: tuple(v) if isinstance(v, list) else v for name, v in record.scalars.items()}

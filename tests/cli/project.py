@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -171,3 +172,4 @@ def _in(folder: Path) -> Iterator[None]:
     finally:
         sys.path[:] = path
         sys.modules.pop("points_workload", None)
+        importlib.invalidate_caches()

@@ -10,7 +10,7 @@ from tests.servers import PrefectServer
 
 def lines(result: Result) -> dict[str, tuple[str, str]]:
     """What was looked at -> (state, the rest of its line)."""
-    found = re.findall(r"^(ok|warn|fail)   ? ?(\S.*?)  +(.*?) *$", result.out, re.M)
+    found = re.findall(r"^(ok|warn|fail) +(\S.*?)  +(.*?) *$", result.out, re.M)
     return {what: (state, rest) for state, what, rest in found}
 
 

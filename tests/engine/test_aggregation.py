@@ -1,0 +1,210 @@
+"""Aggregation: a pure function of the committed state and the closing, a bucket of names at a time."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedflow.algorithms.fedavg import FedAvg, FedAvgState
+from fedflow.engine import aggregate_round, close_round, evaluate_model, next_step, open_round, site_step, start_run, survey
+from fedflow.engine.aggregation import weighted_metrics
+from fedflow.engine.site import SiteWork
+from fedflow.errors import FedflowError
+from fedflow.recipe import SiteConfig
+from fedflow.store.journal import Journal
+from fedflow.store.objects import ObjectStore
+from fedflow.store.records import Closing, ContributorSummary, Plan, UpdateManifest
+from fedflow.types import Aggregate, Groups, RoundContext, Tensors, Update
+from tests.builders import SITES, head, keys, recipe, run
+
+
+def closed(folder: Path, **fields: Any) -> tuple[Journal, Plan, Closing]:
+    """Round 0, closed."""
+    store = ObjectStore(str(folder / "store"))
+    journal = start_run(store, "run", recipe(**fields), SITES)
+    step = next_step(journal, journal.recipe())
+    assert step is not None
+    plan, opening = open_round(journal, step)
+    for site in SITES:
+        site_step(SiteWork("run", 0, plan.phase), SiteConfig(name=site, store=store.url, state=str(folder / site)))
+    return journal, plan, close_round(journal, plan, opening, survey(journal, plan), why="every site answered")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("closed")
+    closed(folder)
+    return folder
+
+
+def test_any_bucket_size_gives_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+    @settings(max_examples=8, deadline=None)
+    @given(st.integers(1, 400))
+    def holds(bucket_bytes: int) -> None:
+        found = []
+        for size in (None, bucket_bytes):
+            shutil.rmtree(tmp_path / "copy", ignore_errors=True)
+            shutil.copytree(folder / "store", tmp_path / "copy")
+            journal = Journal(ObjectStore(str(tmp_path / "copy")), "run")
+            plan = journal.plan(0, "train")
+            closing = journal.closing(plan, 1) if plan else None
+            assert plan is not None and closing is not None
+            manifest = aggregate_round(journal, plan, closing, bucket_bytes=size)
+            found.append((manifest.model_digest, manifest.state))
+        assert found[0] == found[1]
+
+    holds()
+
+
+def test_twice_the_same_aggregation_writes_the_same_objects(folder: Path, tmp_path: Path) -> None:
+    """Only times may differ, and they are in the manifest alone."""
+    lists = []
+    for name in "ab":
+        shutil.copytree(folder / "store", tmp_path / name)
+        journal = Journal(ObjectStore(str(tmp_path / name)), "run")
+        plan = journal.plan(0, "train")
+        closing = journal.closing(plan, 1) if plan else None
+        assert plan is not None and closing is not None
+        aggregate_round(journal, plan, closing)
+        lists.append({key: journal.store.get(key) for key in journal.store.list() if not key.endswith("manifest.json")})
+    assert lists[0] == lists[1]
+
+
+def test_a_manifest_names_everything_that_it_rests_on(tmp_path: Path) -> None:
+    journal = run(recipe(algorithm="tests.builders:Leaning"), str(tmp_path / "store"))
+    for number in (0, 1):
+        manifest, parent = journal.manifest(number, "train"), journal.manifest(number - 1, "train" if number else "initial")
+        plan = journal.plan(number, "train")
+        assert manifest is not None and parent is not None and plan is not None
+        assert manifest.parent == parent.digest() == plan.parent and plan.broadcast == parent.broadcast
+        closing = journal.closing(plan, 1)
+        assert closing is not None and manifest.closing_digest == closing.digest()
+        assert manifest.closing == journal.closing_key(plan, closing) and journal.store.exists(manifest.closing)
+        for ref in manifest.objects():
+            journal.store.read(ref)
+        for site, contribution in closing.contributors.items():
+            update = UpdateManifest.from_bytes(journal.store.get(contribution.key))
+            assert update.update_digest() == contribution.update == manifest.contributors[site].update
+            for ref in update.groups.values():
+                journal.store.read(ref)
+        assert (manifest.run, manifest.nonce) == ("run", journal.record().nonce)
+
+
+def test_an_object_that_does_not_change_is_stored_once(tmp_path: Path) -> None:
+    """The model is state and broadcast at once; frozen parameters stay what they were."""
+    journal = run(recipe(), str(tmp_path / "store"))
+    manifest = head(journal)
+    assert manifest.model == manifest.broadcast == manifest.state.tensors
+    initial = journal.manifest(-1, "initial")
+    assert initial is not None and initial.model["frozen"] == manifest.model["frozen"]
+    assert keys(journal.store, "^server/.*/objects/") == []
+
+
+def test_a_plan_that_does_not_continue_the_newest_commit_is_not_aggregated(tmp_path: Path) -> None:
+    journal, plan, closing = closed(tmp_path)
+    with pytest.raises(FedflowError, match="run run, round 1: the plan continues blake3:.*, but the newest commit is blake3:"):
+        aggregate_round(journal, plan.model_copy(update={"round": 1, "parent": plan.digest()}), closing)
+
+
+# -- algorithms that get it wrong --------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Counting(FedAvgState):
+    names: int = 0
+
+
+class CountsNames(FedAvg):
+    """Its scalar depends on the part of the names that it sees."""
+
+    kind: Any = "counts-names"
+    State: ClassVar[type[Any]] = Counting
+
+    def init(self, model: Groups) -> Counting:
+        return Counting(model["params"], model["frozen"], model["buffers"])
+
+    def server_update(self, state: Any, aggregate: Aggregate, ctx: RoundContext) -> Any:
+        new = super().server_update(state, aggregate, ctx)
+        return Counting(new.params, new.frozen, new.buffers, names=len(new.params))
+
+
+def test_scalars_that_differ_between_parts_of_the_names_are_found(tmp_path: Path) -> None:
+    journal, plan, closing = closed(tmp_path, algorithm="tests.engine.test_aggregation:CountsNames")
+    with pytest.raises(FedflowError, match=r"Counting\.names: found 0 and 1 from two parts of the names.*compute scalars from the context"):
+        aggregate_round(journal, plan, closing, bucket_bytes=1)
+    assert journal.manifest(0, "train") is None
+
+
+@dataclass(frozen=True)
+class Secretive(FedAvgState):
+    memory: Any = None
+
+
+class KeepsObjects(FedAvg):
+    """Its state holds something that is neither tensors nor JSON."""
+
+    kind: Any = "keeps-objects"
+    State: ClassVar[type[Any]] = Secretive
+
+    def init(self, model: Groups) -> Secretive:
+        return Secretive(model["params"], model["frozen"], model["buffers"], memory=object())
+
+
+def test_a_state_of_something_else_than_tensors_and_json_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FedflowError, match=r"Secretive\.memory: found object, expected tensors by name or a JSON value"):
+        run(recipe(algorithm="tests.engine.test_aggregation:KeepsObjects"), str(tmp_path))
+
+
+# -- what the manifest says of the sites -------------------------------------------------------------------------------
+class Ragged(FedAvg):
+    """Sites may leave tensors out: site-1 sends no bias of the last layer."""
+
+    kind: Literal["ragged"] = "ragged"
+    partial_updates: ClassVar[bool] = True
+
+    def site_update(self, broadcast: Groups, site_state: Any, work: Any, ctx: RoundContext) -> tuple[Update, Any]:
+        update, state = super().site_update(broadcast, site_state, work, ctx)
+        groups: dict[str, Tensors] = dict(update.tensors)
+        if ctx.site == "site-1":
+            groups["params"] = {n: t for n, t in groups["params"].items() if n != "4.bias"}
+        return replace(update, tensors=groups), state
+
+
+def test_the_manifest_says_which_tensors_only_some_sites_sent(tmp_path: Path) -> None:
+    journal = run(recipe(algorithm="tests.engine.test_aggregation:Ragged", rounds=1), str(tmp_path))
+    assert head(journal).partial == {"4.bias": ["site-2", "site-3"]}
+
+
+
+class SaysItsMachine(FedAvg):
+    """Site 3 records another processor."""
+
+    kind: Literal["says"] = "says"
+
+    def site_update(self, broadcast: Groups, site_state: Any, work: Any, ctx: RoundContext) -> tuple[Update, Any]:
+        update, state = super().site_update(broadcast, site_state, work, ctx)
+        return replace(update, numerics={**update.numerics, "cpu": "another"} if ctx.site == "site-3" else update.numerics), state
+
+
+def test_sites_with_other_numerics_than_the_first_are_flagged(tmp_path: Path) -> None:
+    journal = run(recipe(algorithm="tests.engine.test_aggregation:SaysItsMachine", rounds=1), str(tmp_path))
+    assert head(journal).numerics_differ == ["site-3"]
+    assert head(run(recipe(rounds=1))).numerics_differ == []
+
+
+def test_metrics_are_weighted_over_the_sites_that_have_them() -> None:
+    def site(weight: float, **metrics: float | None) -> ContributorSummary:
+        return ContributorSummary(
+            update="u", base_round=0, weight=weight, examples=1, steps=1, lr_sum=1, metrics=metrics, seconds=1, bytes=1
+        )
+
+    found = weighted_metrics({"a": site(1, x=1.0, y=None), "b": site(3, x=5.0), "c": site(2, y=None)})
+    assert found == {"x": 4.0, "y": None}  # (1·1 + 3·5)/4; nobody knows y
+
+
+def test_a_recipe_without_evaluation_has_none() -> None:
+    assert evaluate_model(recipe(), {}) == {}

@@ -16,7 +16,9 @@ from fedflow.store.objects import ObjectStore
 from tests.builders import SITES, recipe, run
 
 ROOT = Path(__file__).parents[1]
-SOURCES = sorted(path for folder in ("fedflow", "flows") for path in (ROOT / folder).resolve().rglob("*") if path.is_file())
+SOURCES = sorted(
+    path for folder in ("fedflow", "flows") for path in (ROOT / folder).resolve().rglob("*") if path.is_file()
+)
 CODE = [path for path in SOURCES if path.suffix == ".py"]
 
 
@@ -47,7 +49,11 @@ def test_there_is_code_to_look_at() -> None:
 
 @pytest.mark.parametrize("word", ["pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"])
 def test_no_file_uses_a_format_that_runs_code(word: str) -> None:
-    found = [path for path in SOURCES if path.suffix != ".pyc" and re.search(rf"\b{word}\b", path.read_text(errors="replace"))]
+    found = [
+        path
+        for path in SOURCES
+        if path.suffix != ".pyc" and re.search(rf"\b{word}\b", path.read_text(errors="replace"))
+    ]
     assert found == []
 
 
@@ -56,14 +62,20 @@ def test_torch_load_is_called_with_weights_only_and_in_no_other_way() -> None:
         (path, node)
         for path in CODE
         for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Attribute) and node.attr == "load" and isinstance(node.value, ast.Name) and node.value.id == "torch"
+        if isinstance(node, ast.Attribute)
+        and node.attr == "load"
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "torch"
     ]
     safe = [
         (path, node.func)
         for path in CODE
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Call)
-        and any(k.arg == "weights_only" and isinstance(k.value, ast.Constant) and k.value.value is True for k in node.keywords)
+        and any(
+            k.arg == "weights_only" and isinstance(k.value, ast.Constant) and k.value.value is True
+            for k in node.keywords
+        )
     ]
     assert [(path, node.lineno) for path, node in calls] == [(path, node.lineno) for path, node in safe]
     assert calls, "the checkpoint's loader is one"

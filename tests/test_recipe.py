@@ -244,12 +244,20 @@ def test_what_is_missing_is_named() -> None:
 @pytest.mark.parametrize(
     ("timeouts", "attempts", "told"),
     [
-        ({"train_timeout": "1m", "transfer_timeout": "2m"}, 1, ["transfer_timeout (0:02:00)", "train_timeout (0:01:00)"]),
+        (
+            {"train_timeout": "1m", "transfer_timeout": "2m"},
+            1,
+            ["transfer_timeout (0:02:00)", "train_timeout (0:01:00)"],
+        ),
         ({"train_timeout": "3h"}, 1, ["train_timeout (3:00:00)", "round_deadline (2:00:00)"]),
         ({"quorum_grace": "2h"}, 1, ["quorum_grace (2:00:00)", "round_deadline (2:00:00)"]),
         ({"heartbeat": "3h"}, 1, ["heartbeat (3:00:00)", "round_deadline (2:00:00)"]),
         ({"run_timeout": "1h"}, 1, ["round_deadline (2:00:00)", "run_timeout (1:00:00)"]),
-        ({"train_timeout": "1h"}, 3, ["train_timeout (1:00:00)", "attempts (3)", "3:03:00", "round_deadline (2:00:00)"]),
+        (
+            {"train_timeout": "1h"},
+            3,
+            ["train_timeout (1:00:00)", "attempts (3)", "3:03:00", "round_deadline (2:00:00)"],
+        ),
     ],
     ids=str,
 )
@@ -302,7 +310,9 @@ def test_the_form_tells_algorithms_and_schedules_apart_by_a_required_kind_of_one
 
 
 # -- the local optimizer is torch's ------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("kind", "cls"), [("sgd", torch.optim.SGD), ("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)])
+@pytest.mark.parametrize(
+    ("kind", "cls"), [("sgd", torch.optim.SGD), ("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)]
+)
 def test_an_optimizer_is_torchs_with_torchs_defaults(kind: Any, cls: type[torch.optim.Optimizer]) -> None:
     parameter = torch.nn.Parameter(torch.zeros(1))
     ours = make_optimizer(Optimizer(kind=kind, lr=0.01, weight_decay=0.1), [parameter])

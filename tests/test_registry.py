@@ -66,7 +66,10 @@ def test_an_entry_point_that_does_not_import_is_named() -> None:
     ("name", "told"),
     [
         ("digit", ["workload: found 'digit'", "'digits'", "correct the name"]),
-        ("no_such_package.work:W", ["workload: found 'no_such_package.work:W'", "install the package that has 'no_such_package'"]),
+        (
+            "no_such_package.work:W",
+            ["workload: found 'no_such_package.work:W'", "install the package that has 'no_such_package'"],
+        ),
         ("fedflow.schedules:Nobody", ["workload: found", "'Everyone'", "'Sampled'", "correct the attribute"]),
         ("fedflow.schedules:", ["workload: found 'fedflow.schedules:'"]),
         (":Thing", ["workload: found ':Thing'"]),
@@ -92,7 +95,10 @@ def test_only_allowed_modules_are_imported(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(ResolveError, match=r"found 'not_allowed:W'.*\['fedflow\.\*', 'mine'\].*allowed_imports"):
         resolve("workloads", "not_allowed:W", field="workload", allowed=["mine", "fedflow.*"])
     assert "not_allowed" not in sys.modules
-    assert resolve("workloads", "fedflow.schedules:Everyone", field="workload", allowed=["fedflow.*"]).__name__ == "Everyone"
+    assert (
+        resolve("workloads", "fedflow.schedules:Everyone", field="workload", allowed=["fedflow.*"]).__name__
+        == "Everyone"
+    )
 
 
 def test_what_the_sites_owner_names_is_allowed_by_being_named() -> None:

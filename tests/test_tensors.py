@@ -54,7 +54,9 @@ def ragged_updates(draw: st.DrawFn, dtype: torch.dtype = torch.float32, most: in
     for row in present:
         names = [name for name, there in zip(NAMES, row, strict=True) if there]
         tensors = {n: torch.from_numpy(random.normal(0, 100, 1 + NAMES.index(n))).to(dtype) for n in names}
-        updates.append((random.integers(1, 1000).item() if random.random() < 0.5 else random.uniform(0.01, 100), tensors))
+        updates.append(
+            (random.integers(1, 1000).item() if random.random() < 0.5 else random.uniform(0.01, 100), tensors)
+        )
     return updates
 
 

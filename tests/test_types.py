@@ -35,7 +35,10 @@ def test_a_seed_is_blake2_of_the_canonical_json() -> None:
     assert derive_seed("cohort", 1, None) == expected < 2**63
 
 
-@given(st.lists(st.integers() | st.text(), min_size=1, max_size=4), st.lists(st.integers() | st.text(), min_size=1, max_size=4))
+@given(
+    st.lists(st.integers() | st.text(), min_size=1, max_size=4),
+    st.lists(st.integers() | st.text(), min_size=1, max_size=4),
+)
 def test_seeds_of_different_places_differ(a: list[int | str], b: list[int | str]) -> None:
     assert (derive_seed(*a) == derive_seed(*b)) == (a == b)
 

@@ -61,7 +61,13 @@ def test_a_project_is_made_and_simulated(installed: Path, tmp_path: Path) -> Non
     ran = fedflow(installed, project, "run", "recipe.yaml", "--env", "sim", "--json")
     assert ran.returncode == 0, ran.stderr
     assert json.loads(ran.stdout.splitlines()[-1])["status"] == "finished"
-    where = subprocess.run([str(installed / "python"), "-c", "import fedflow; print(fedflow.__file__)"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    where = subprocess.run(
+        [str(installed / "python"), "-c", "import fedflow; print(fedflow.__file__)"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert str(installed.parent) in where.stdout
 
 

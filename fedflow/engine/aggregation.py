@@ -56,7 +56,9 @@ def aggregate_round(journal: Journal, plan: Plan, closing: Closing, *, bucket_by
     algorithm: Algorithm = recipe.algorithm
     head = journal.head(algorithm.phases)
     assert head is not None
-    done = journal.manifest(plan.round, plan.phase)  # looked up after the head, else a commit in between passed for a foreign one
+    done = journal.manifest(
+        plan.round, plan.phase
+    )  # looked up after the head, else a commit in between passed for a foreign one
     if done is not None:
         return done
     started = time.monotonic()

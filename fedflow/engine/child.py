@@ -30,7 +30,9 @@ def warm_up(*modules: str) -> None:
     forkserver.ensure_running()
 
 
-def aggregate_in_child(store: str, options: dict[str, Any], run: str, round: int, phase: str, opening: int, *, timeout: float) -> None:
+def aggregate_in_child(
+    store: str, options: dict[str, Any], run: str, round: int, phase: str, opening: int, *, timeout: float
+) -> None:
     """Aggregate and commit a closed phase. Raises what `commit_round` raises, and RoundError at the timeout."""
     _call("aggregate", [store, options, run, round, phase, opening], timeout)
 
@@ -69,7 +71,11 @@ def _call(name: str, args: list[Any], timeout: float) -> None:
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         raise RoundError(f"{name}: killed after {timeout:g} s; give it longer (round_deadline) or a faster store")
-    answer = json.loads(ours.recv_bytes()) if ours.poll() else {"error": "RoundError", "text": f"its process died with exit code {process.exitcode}"}
+    answer = (
+        json.loads(ours.recv_bytes())
+        if ours.poll()
+        else {"error": "RoundError", "text": f"its process died with exit code {process.exitcode}"}
+    )
     ours.close()
     if answer:
         raise _error(name, answer)
@@ -77,7 +83,11 @@ def _call(name: str, args: list[Any], timeout: float) -> None:
 
 def _error(name: str, answer: dict[str, Any]) -> FedflowError:
     cls = getattr(errors, answer["error"], RoundError)
-    return cls(answer["text"], **answer.get("place", {})) if issubclass(cls, FedflowError) else RoundError(f"{name}: {answer['text']}")
+    return (
+        cls(answer["text"], **answer.get("place", {}))
+        if issubclass(cls, FedflowError)
+        else RoundError(f"{name}: {answer['text']}")
+    )
 
 
 def _serve(name: str, args: str, answer: Connection) -> None:
@@ -85,7 +95,11 @@ def _serve(name: str, args: str, answer: Connection) -> None:
         _CALLS[name](*json.loads(args))
         said: dict[str, Any] = {}
     except FedflowError as error:
-        said = {"error": type(error).__name__, "text": error.reason, "place": {"run": error.run, "round": error.round, "site": error.site}}
+        said = {
+            "error": type(error).__name__,
+            "text": error.reason,
+            "place": {"run": error.run, "round": error.round, "site": error.site},
+        }
     except Exception:
         said = {"error": "RoundError", "text": traceback.format_exc()}
     answer.send_bytes(json.dumps(said).encode())

@@ -53,9 +53,16 @@ def simulate(
     objects = ObjectStore(store or f"memory://fedflow-{uuid.uuid4().hex}", store_options)
     given = dict(workloads) if isinstance(workloads, Mapping) else {}
     if workers > 1 and (given or model):
-        raise UserError(field_error("workers", workers, "1 where workloads or model are given as objects", "name them in the recipe"))
+        raise UserError(
+            field_error(
+                "workers", workers, "1 where workloads or model are given as objects", "name them in the recipe"
+            )
+        )
     base = state or f"{objects.url}-states"
-    configs = {s: SiteConfig(name=s, store=objects.url, store_options=dict(store_options or {}), state=f"{base}/{s}") for s in workloads}
+    configs = {
+        s: SiteConfig(name=s, store=objects.url, store_options=dict(store_options or {}), state=f"{base}/{s}")
+        for s in workloads
+    }
     journal = start_run(objects, run or f"{recipe.name}-{uuid.uuid4().hex[:8]}", recipe, sorted(configs))
     recipe = amend_run(journal, recipe, sites=sorted(configs))
     if head := journal.head(recipe.algorithm.phases):
@@ -110,5 +117,7 @@ def _attempt(work: SiteWork, config: SiteConfig, **given: Any) -> str | None:
 
 def _pool(workers: int) -> ProcessPoolExecutor:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fedflow.engine", "torch._dynamo"])  # the latter: what a first optimizer step imports
+    context.set_forkserver_preload(
+        ["fedflow.engine", "torch._dynamo"]
+    )  # the latter: what a first optimizer step imports
     return ProcessPoolExecutor(workers, mp_context=context)

@@ -148,5 +148,11 @@ def current(journal: Journal) -> Current | None:
     openings = journal.openings(plan) if plan else []
     if plan is None or not openings:
         return None
-    answered = [s for s in sorted(plan.tasks) if any(k.endswith(".json") for k in journal.store.list(journal.inbox(s, plan.round, plan.phase)))]
-    return Current(plan.round, plan.phase, openings[-1].number, openings[-1].deadline, sorted(plan.tasks), answered, plan.absent)
+    answered = [
+        s
+        for s in sorted(plan.tasks)
+        if any(k.endswith(".json") for k in journal.store.list(journal.inbox(s, plan.round, plan.phase)))
+    ]
+    return Current(
+        plan.round, plan.phase, openings[-1].number, openings[-1].deadline, sorted(plan.tasks), answered, plan.absent
+    )

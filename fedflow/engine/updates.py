@@ -92,7 +92,9 @@ class Checks:
         for field, value in expected.items():
             if getattr(update, field) != value:
                 raise UpdateInvalid(f"{field}: found {getattr(update, field)!r}, expected {value!r}")
-        known = update.round in plan.accept_bases and key.startswith(f"{self.journal.inbox(site, update.round, plan.phase)}/")
+        known = update.round in plan.accept_bases and key.startswith(
+            f"{self.journal.inbox(site, update.round, plan.phase)}/"
+        )
         base = plan if update.round == plan.round else self.journal.plan(update.round, plan.phase) if known else None
         if not known or base is None:
             raise UpdateInvalid(f"base round: found {update.round}, expected one of {plan.accept_bases}")

@@ -16,7 +16,9 @@ __all__ = ["DEFAULT_HOME", "Environment", "Kind", "Run", "SimEnv", "make", "reca
 Kind = Literal["sim", "poc", "prod"]
 
 
-def make(kind: Kind, *, federation: Federation, store: str | None = None, home: str | Path = DEFAULT_HOME, **options: Any) -> Any:
+def make(
+    kind: Kind, *, federation: Federation, store: str | None = None, home: str | Path = DEFAULT_HOME, **options: Any
+) -> Any:
     """The environment of that kind. Servers, where it needs them, are started when the first run is."""
     if kind == "sim":
         return SimEnv(federation, store=store, home=home, **options)
@@ -33,4 +35,10 @@ def recall(run_id: str, home: str | Path = DEFAULT_HOME) -> Any:
     """The environment that `run_id` was started in. Raises RunMissing."""
     fields = recalled(run_id, Path(home).resolve())
     sys.path += [p for p in fields["python_path"] if p not in sys.path]
-    return make(fields["env"], federation=Federation.load(fields["federation"]), store=fields["store"], home=home, **fields["options"])
+    return make(
+        fields["env"],
+        federation=Federation.load(fields["federation"]),
+        store=fields["store"],
+        home=home,
+        **fields["options"],
+    )

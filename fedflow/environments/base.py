@@ -53,7 +53,7 @@ class Run:
         return Journal(self.store, self.id)
 
     def status(self) -> Status:
-        """"running" while a coordinator is alive, else what the store says."""
+        """ "running" while a coordinator is alive, else what the store says."""
         if self.backend.alive():
             return "running"
         try:
@@ -107,7 +107,11 @@ class Run:
             return summary
         if status == "aborted":
             raise RoundAborted("aborted; `fedflow resume` goes on from the last committed round", run=self.id)
-        why = summary.last.message if summary.last and status == "failed" else f"its coordinator died; last log lines:\n{self._tail()}"
+        why = (
+            summary.last.message
+            if summary.last and status == "failed"
+            else f"its coordinator died; last log lines:\n{self._tail()}"
+        )
         raise RoundError(f"{why}; `fedflow resume {self.id}` goes on from the last committed round", run=self.id)
 
     def abort(self) -> None:

@@ -73,7 +73,9 @@ def recalled(run: str, home: Path) -> dict[str, Any]:
     path = _memory(home, run)
     if not path.exists():
         known = sorted(p.stem for p in path.parent.glob("*.json")) if path.parent.exists() else []
-        raise RunMissing(f"run: found no run {run!r} started from {home}, expected one of {known}; give --home, or --env and --store")
+        raise RunMissing(
+            f"run: found no run {run!r} started from {home}, expected one of {known}; give --home, or --env and --store"
+        )
     fields: dict[str, Any] = json.loads(path.read_text())
     return fields
 

@@ -37,7 +37,11 @@ SERVER = {
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_READ_BATCH_SIZE": "100",
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "100",
 }
-CLIENT = {"PREFECT_CLIENT_MAX_RETRIES": "8", "PREFECT_WORKER_QUERY_SECONDS": "1", "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30"}
+CLIENT = {
+    "PREFECT_CLIENT_MAX_RETRIES": "8",
+    "PREFECT_WORKER_QUERY_SECONDS": "1",
+    "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
+}
 
 
 def clean_environment(**more: str) -> dict[str, str]:
@@ -78,7 +82,9 @@ class Server:
                     return
             time.sleep(0.1)
         self.stop()
-        raise UnreachableError(f"Prefect server: found no answer at {self.url}, expected one within {timeout:g} s; its log ends:\n{_tail(log)}")
+        raise UnreachableError(
+            f"Prefect server: found no answer at {self.url}, expected one within {timeout:g} s; its log ends:\n{_tail(log)}"
+        )
 
     def environment(self) -> dict[str, str]:
         """Settings of everything that talks to this server."""
@@ -160,7 +166,11 @@ class PocEnv(ProdEnv):
         if self._workers:
             return
         common = self.server.environment() | self.environment
-        self._spawn_worker("coordinator", worker.command(self.federation.coordinator_pool, "coordinator", worker.CoordinatorWorker), common)
+        self._spawn_worker(
+            "coordinator",
+            worker.command(self.federation.coordinator_pool, "coordinator", worker.CoordinatorWorker),
+            common,
+        )
         for site in self.federation.sites:
             config, path = self._site_config(site.name, recipe)
             args = worker.command(config.work_pool, site.name, worker.SiteWorker)
@@ -180,7 +190,9 @@ class PocEnv(ProdEnv):
             store=self.federation.store,
             store_options=self.federation.store_options,
             state=site.state or str(folder / "state"),
-            preload=sorted({r.path.partition(":")[0] for r in (recipe.workload, recipe.model) if ":" in r.path}) if recipe else [],
+            preload=sorted({r.path.partition(":")[0] for r in (recipe.workload, recipe.model) if ":" in r.path})
+            if recipe
+            else [],
         )
         path = folder / "site.yaml"
         path.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_defaults=True), sort_keys=False))
@@ -215,7 +227,9 @@ def _spawn(args: list[str], log: Path, env: dict[str, str]) -> subprocess.Popen[
     """A background process in a group of its own, its output appended to `log`."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
-        return subprocess.Popen(args, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=env, start_new_session=True)
+        return subprocess.Popen(
+            args, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=env, start_new_session=True
+        )
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

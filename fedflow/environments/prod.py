@@ -38,12 +38,19 @@ class ProdEnv:
     kind = "prod"
 
     def __init__(
-        self, federation: Federation, *, store: str | None = None, home: str | Path = DEFAULT_HOME, api_url: str | None = None
+        self,
+        federation: Federation,
+        *,
+        store: str | None = None,
+        home: str | Path = DEFAULT_HOME,
+        api_url: str | None = None,
     ) -> None:
         self.federation = federation.model_copy(update={"store": store or federation.store})
         self.home, self.api_url = Path(home).resolve(), api_url
         if self.federation.store is None:
-            raise UserError("federation.store: missing, expected the URL of the shared object store; give it, or --store")
+            raise UserError(
+                "federation.store: missing, expected the URL of the shared object store; give it, or --store"
+            )
         self.store = ObjectStore(self.federation.store, self.federation.store_options)
 
     def deploy(self, recipe: Recipe | None = None) -> list[str]:
@@ -77,7 +84,9 @@ class ProdEnv:
         try:
             deployment = backend.client.read_deployment_by_name(name)
         except ObjectNotFound as error:
-            raise UnreachableError(f"Prefect: found no deployment {name!r}, expected one; run `fedflow deploy` with the federation file") from error
+            raise UnreachableError(
+                f"Prefect: found no deployment {name!r}, expected one; run `fedflow deploy` with the federation file"
+            ) from error
         parameters: dict[str, Any] = {
             "recipe": journal.recipe().model_dump(mode="json"),
             "federation": self.federation.model_dump(mode="json"),

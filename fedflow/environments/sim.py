@@ -32,12 +32,19 @@ class SimEnv:
     kind = "sim"
 
     def __init__(
-        self, federation: Federation | int = 4, *, store: str | None = None, home: str | Path = DEFAULT_HOME, workers: int = 1
+        self,
+        federation: Federation | int = 4,
+        *,
+        store: str | None = None,
+        home: str | Path = DEFAULT_HOME,
+        workers: int = 1,
     ) -> None:
         self.federation = Federation.of(federation) if isinstance(federation, int) else federation
         self.home = Path(home).resolve()
         self.workers = workers
-        self.store = ObjectStore(store or self.federation.store or str(self.home / "store"), self.federation.store_options)
+        self.store = ObjectStore(
+            store or self.federation.store or str(self.home / "store"), self.federation.store_options
+        )
 
     def execute(self, recipe: Recipe, *, run_id: str | None = None) -> Run:
         """Start `recipe`; a run of that id with this recipe is resumed. Raises before anything is trained."""

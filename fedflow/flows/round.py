@@ -49,7 +49,14 @@ def federated_round(run: str, round: int, federation: Federation, reopen: bool =
     phases = journal.recipe().algorithm.phases
     while (step := next_step(journal, journal.recipe())) and step.round == round:
         plan, opening = plan_and_open(journal, federation, step, reopen=reopen, why=why)
-        log.info("%s: %d sites asked, quorum %d, opening %d until %s", step.phase, len(plan.tasks), plan.quorum, opening.number, f"{opening.deadline:%H:%M:%S} UTC")
+        log.info(
+            "%s: %d sites asked, quorum %d, opening %d until %s",
+            step.phase,
+            len(plan.tasks),
+            plan.quorum,
+            opening.number,
+            f"{opening.deadline:%H:%M:%S} UTC",
+        )
         for site, reason in plan.absent.items():
             log.warning("%s is left out: %s", site, reason)
         collect(journal, plan, opening, dispatch_all(journal, plan, opening))
@@ -63,7 +70,9 @@ def federated_round(run: str, round: int, federation: Federation, reopen: bool =
 
 # -- the steps, each idempotent ----------------------------------------------------------------------------------------
 @task(task_run_name="plan {step.phase}", cache_policy=NO_CACHE, persist_result=False)
-def plan_and_open(journal: Journal, federation: Federation, step: Step, *, reopen: bool, why: str) -> tuple[Plan, Opening]:
+def plan_and_open(
+    journal: Journal, federation: Federation, step: Step, *, reopen: bool, why: str
+) -> tuple[Plan, Opening]:
     """Plan, once; then an opening."""
     with connect() as client:
         return open_round(journal, step, absent=absent_sites(client, federation), reopen=reopen, why=why)
@@ -83,7 +92,14 @@ def dispatch_all(journal: Journal, plan: Plan, opening: Opening) -> dict[str, Wa
     return {site: Watched(attempts[site], run) for site, run in runs.items()}
 
 
-@task(task_run_name="dispatch {site}", cache_policy=NO_CACHE, persist_result=False, retries=2, retry_delay_seconds=exponential_backoff(2), retry_jitter_factor=0.5)
+@task(
+    task_run_name="dispatch {site}",
+    cache_policy=NO_CACHE,
+    persist_result=False,
+    retries=2,
+    retry_delay_seconds=exponential_backoff(2),
+    retry_jitter_factor=0.5,
+)
 def dispatch(journal: Journal, plan: Plan, opening: Opening, site: str, attempt: int) -> Any:
     """Start the site's flow run; returns its id at once."""
     return send(journal, plan, opening, site, attempt, training=flow_run.root_flow_run_id)
@@ -95,7 +111,9 @@ def collect(journal: Journal, plan: Plan, opening: Opening, sites: dict[str, Wat
     log = get_run_logger()
     if (closing := journal.closing(plan, opening.number)) is None:
         with connect() as client:
-            collector = Collector(journal, plan, opening, journal.recipe(), client, log, sites, training=flow_run.root_flow_run_id)
+            collector = Collector(
+                journal, plan, opening, journal.recipe(), client, log, sites, training=flow_run.root_flow_run_id
+            )
             try:
                 closing = collector.run()
             finally:
@@ -112,25 +130,57 @@ def _heals(task: Task[Any, Any], run: TaskRun, state: State[Any]) -> bool:
     return not isinstance(error, (QuorumLost, UserError, StoreUnwritable))
 
 
-@task(cache_policy=NO_CACHE, persist_result=False, retries=AGGREGATION_RETRIES, retry_delay_seconds=exponential_backoff(2), retry_jitter_factor=0.5, retry_condition_fn=_heals)
+@task(
+    cache_policy=NO_CACHE,
+    persist_result=False,
+    retries=AGGREGATION_RETRIES,
+    retry_delay_seconds=exponential_backoff(2),
+    retry_jitter_factor=0.5,
+    retry_condition_fn=_heals,
+)
 def aggregate(journal: Journal, federation: Federation, plan: Plan, opening: Opening) -> None:
     """Reduce, step the server's state, commit: in a child process that the timeout kills."""
     timeout = journal.recipe().timeouts.round_deadline.total_seconds()
-    aggregate_in_child(journal.store.url, dict(federation.store_options), journal.run, plan.round, plan.phase, opening.number, timeout=timeout)
+    aggregate_in_child(
+        journal.store.url,
+        dict(federation.store_options),
+        journal.run,
+        plan.round,
+        plan.phase,
+        opening.number,
+        timeout=timeout,
+    )
 
 
-@task(cache_policy=NO_CACHE, persist_result=False, retries=AGGREGATION_RETRIES, retry_delay_seconds=exponential_backoff(2), retry_jitter_factor=0.5, retry_condition_fn=_heals)
+@task(
+    cache_policy=NO_CACHE,
+    persist_result=False,
+    retries=AGGREGATION_RETRIES,
+    retry_delay_seconds=exponential_backoff(2),
+    retry_jitter_factor=0.5,
+    retry_condition_fn=_heals,
+)
 def evaluate(journal: Journal, federation: Federation, manifest: Manifest) -> None:
     """The server's evaluation of the committed model, where the recipe has one."""
     recipe = journal.recipe()
     if recipe.evaluation is not None and journal.evaluation(manifest.round) is None:
         timeout = recipe.timeouts.round_deadline.total_seconds()
-        evaluate_in_child(journal.store.url, dict(federation.store_options), journal.run, manifest.round, manifest.phase, timeout=timeout)
+        evaluate_in_child(
+            journal.store.url,
+            dict(federation.store_options),
+            journal.run,
+            manifest.round,
+            manifest.phase,
+            timeout=timeout,
+        )
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
 def publish(journal: Journal, manifest: Manifest) -> None:
     """The round's table in the UI, and a line in the log."""
-    summary, plan = summarize_round(journal, manifest.round, manifest.phase), journal.plan(manifest.round, manifest.phase)
+    summary, plan = (
+        summarize_round(journal, manifest.round, manifest.phase),
+        journal.plan(manifest.round, manifest.phase),
+    )
     publish_round(journal.run, journal.recipe(), summary, asked=len(plan.tasks) if plan else 0)
     get_run_logger().info("committed %s: %s", manifest.model_digest, flat(summary.shown))

@@ -48,7 +48,9 @@ def local_training(run: str, round: int, phase: str, opening: int, attempt: int,
         journal = Journal(ObjectStore(config.store, config.store_options), run)
         journal.put_failure(failure_of(work, site, error))
         raise
-    log.info("%d steps on %d examples in %.1f s: %s", update.steps, update.examples, update.seconds, flat(update.metrics))
+    log.info(
+        "%d steps on %d examples in %.1f s: %s", update.steps, update.examples, update.seconds, flat(update.metrics)
+    )
     return Completed(message=f"update {update.update_digest()}")
 
 
@@ -56,7 +58,9 @@ def site_config() -> SiteConfig:
     """This site's configuration, from the file that the worker's environment names."""
     path = os.environ.get(SiteConfig.environment_variable)
     if not path:
-        raise RecipeError(f"{SiteConfig.environment_variable}: not set here, expected the path of the site's configuration; start the worker with `fedflow site start --config FILE`")
+        raise RecipeError(
+            f"{SiteConfig.environment_variable}: not set here, expected the path of the site's configuration; start the worker with `fedflow site start --config FILE`"
+        )
     config = SiteConfig.load(path)
     sys.path[:0] = [p for p in config.python_path if p not in sys.path]
     return config

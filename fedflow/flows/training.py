@@ -63,7 +63,10 @@ def training(recipe: Recipe, federation: Federation, run_id: str | None = None) 
     log = get_run_logger()
     run = _run_id()
     journal = begin(recipe, federation, run)
-    with recording_outcome(journal), tags("fedflow", run_tag(journal.record().nonce), training_tag(runtime.flow_run.id)):
+    with (
+        recording_outcome(journal),
+        tags("fedflow", run_tag(journal.record().nonce), training_tag(runtime.flow_run.id)),
+    ):
         resumed = runtime.flow_run.run_count == 1  # a retry of this very flow run continues its opening
         warm_up(*recipe.server_modules())
         sweep_orphans(journal)

@@ -9,7 +9,13 @@ from uuid import UUID
 
 import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId, FlowRunFilterState, FlowRunFilterStateType, FlowRunFilterTags
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterId,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+    FlowRunFilterTags,
+)
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelled, Cancelling
@@ -44,7 +50,9 @@ def connect(api_url: str | None = None, *, auth: str | None = None) -> Iterator[
     where = api_url or str(client.api_url)
     with client:
         if error := client.api_healthcheck():
-            raise UnreachableError(f"Prefect API: found no answer at {where} ({error}), expected a server; start it, or correct PREFECT_API_URL")
+            raise UnreachableError(
+                f"Prefect API: found no answer at {where} ({error}), expected a server; start it, or correct PREFECT_API_URL"
+            )
         yield client
 
 
@@ -79,7 +87,9 @@ def cancel(client: SyncPrefectClient, runs: Iterable[FlowRun], why: str) -> list
         if run.state_type in ACTIVE and run.state_type != StateType.CANCELLING:
             inner = run.deployment_id is None
             with contextlib.suppress(ObjectNotFound):
-                client.set_flow_run_state(run.id, Cancelled(message=why) if inner else Cancelling(message=why), force=inner)
+                client.set_flow_run_state(
+                    run.id, Cancelled(message=why) if inner else Cancelling(message=why), force=inner
+                )
                 names.append(run.name)
     return names
 
@@ -99,5 +109,3 @@ def absent_sites(client: SyncPrefectClient, federation: Federation) -> dict[Site
         elif utc_now() - max(seen) > WORKER_SILENCE or all(str(w.status).endswith("OFFLINE") for w in workers):
             absent[site.name] = f"no worker on work pool {site.work_pool!r} since {max(seen):%Y-%m-%d %H:%M:%S} UTC"
     return absent
-
-

@@ -6,7 +6,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from prefect.artifacts import create_markdown_artifact, create_progress_artifact, create_table_artifact, update_progress_artifact
+from prefect.artifacts import (
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
 
 from fedflow.engine.summary import RoundSummary, RunSummary
 from fedflow.recipe import Recipe
@@ -24,7 +29,19 @@ def publish_round(run: str, recipe: Recipe, summary: RoundSummary, asked: int) -
     rows: list[dict[str, Any]] = []
     for site, c in summary.sites.items():
         metrics = {name: _number(value) for name, value in c.metrics.items()}
-        rows.append({"site": site, "counts": "yes", "weight": _number(c.weight), "steps": c.steps, **metrics, "seconds": round(c.seconds, 2), "bytes": c.bytes, "attempt": c.attempt, "excluded because": ""})
+        rows.append(
+            {
+                "site": site,
+                "counts": "yes",
+                "weight": _number(c.weight),
+                "steps": c.steps,
+                **metrics,
+                "seconds": round(c.seconds, 2),
+                "bytes": c.bytes,
+                "attempt": c.attempt,
+                "excluded because": "",
+            }
+        )
     columns = list(dict.fromkeys(name for row in rows for name in row)) or ["site", "counts", "excluded because"]
     for site, why in summary.excluded.items():
         rows.append({**dict.fromkeys(columns, ""), "site": site, "counts": "no", "excluded because": why})
@@ -40,21 +57,31 @@ def publish_progress(run: str, recipe: Recipe, done: int, artifact: Any | None) 
     """Create or update the run's progress bar; its artifact id."""
     percent = 100.0 * done / recipe.rounds
     if artifact is None:
-        return create_progress_artifact(progress=percent, key=artifact_key(run, "progress"), description=f"{run}: rounds committed, of {recipe.rounds}")
+        return create_progress_artifact(
+            progress=percent,
+            key=artifact_key(run, "progress"),
+            description=f"{run}: rounds committed, of {recipe.rounds}",
+        )
     update_progress_artifact(artifact_id=artifact, progress=percent)
     return artifact
 
 
 def publish_report(summary: RunSummary) -> None:
     """The whole run as Markdown: the curve, the rounds, the models."""
-    create_markdown_artifact(markdown=report(summary), key=artifact_key(summary.run, "report"), description=f"Report of {summary.run}")
+    create_markdown_artifact(
+        markdown=report(summary), key=artifact_key(summary.run, "report"), description=f"Report of {summary.run}"
+    )
 
 
 def report(summary: RunSummary) -> str:
     """The run's report: key metric per round as a curve and a table, exclusions, digests."""
     name = summary.recipe.key_metric.name
     values = [r.shown.get(name) for r in summary.rounds]
-    lines = [f"# {summary.run}", "", f"{len(summary.rounds)} of {summary.recipe.rounds} rounds, {len(summary.sites)} sites, {summary.recipe.algorithm.kind}."]
+    lines = [
+        f"# {summary.run}",
+        "",
+        f"{len(summary.rounds)} of {summary.recipe.rounds} rounds, {len(summary.sites)} sites, {summary.recipe.algorithm.kind}.",
+    ]
     if any(v is not None for v in values):
         lines += ["", f"`{sparkline(values)}` {name}, round by round"]
     if summary.best is not None:
@@ -62,7 +89,9 @@ def report(summary: RunSummary) -> str:
     lines += ["", f"| round | {name} | other metrics | sites | seconds | excluded |", "|---|---|---|---|---|---|"]
     for r, value in zip(summary.rounds, values, strict=True):
         others = ", ".join(f"{n} {_number(v)}" for n, v in r.shown.items() if n != name)
-        why = "; ".join(f"{site}: {reason}" for site, reason in r.excluded.items()).replace("|", "\\|").replace("\n", " ")
+        why = (
+            "; ".join(f"{site}: {reason}" for site, reason in r.excluded.items()).replace("|", "\\|").replace("\n", " ")
+        )
         lines.append(f"| {r.round} | {_number(value)} | {others} | {len(r.sites)} | {r.seconds:.1f} | {why} |")
     return "\n".join([*lines, "", f"Model of the last round: `{summary.model_digest}`"])
 

@@ -24,7 +24,14 @@ def training_deployment(federation: Federation) -> str:
     return f"{TRAINING_FLOW}/{federation.name}"
 
 
-def deploy_federation(client: SyncPrefectClient, federation: Federation, *, recipe: Recipe | None = None, site_type: str = "fedflow-site", coordinator_type: str = "fedflow-coordinator") -> list[str]:
+def deploy_federation(
+    client: SyncPrefectClient,
+    federation: Federation,
+    *,
+    recipe: Recipe | None = None,
+    site_type: str = "fedflow-site",
+    coordinator_type: str = "fedflow-coordinator",
+) -> list[str]:
     """Create or update one pool and one deployment a site, and the coordinator's; names of the deployments.
 
     site_type, coordinator_type: worker types of new pools: fedflow's own, or "process", "docker", "kubernetes"
@@ -67,7 +74,15 @@ def base_job_template(pool_type: str) -> dict[str, Any]:
     return json.loads(file.read_text()) if file.is_file() else {}
 
 
-def _deploy(client: SyncPrefectClient, flow: Flow[Any, Any], name: str, pool: str, *, parameters: dict[str, Any] | None = None, tags: list[str] | None = None) -> str:
+def _deploy(
+    client: SyncPrefectClient,
+    flow: Flow[Any, Any],
+    name: str,
+    pool: str,
+    *,
+    parameters: dict[str, Any] | None = None,
+    tags: list[str] | None = None,
+) -> str:
     """One deployment, created or updated. Schedules, limits, job variables and defaults that somebody gave it stay."""
     full, tags = f"{flow.name}/{name}", ["fedflow", *(tags or [])]
     fields: dict[str, Any] = {

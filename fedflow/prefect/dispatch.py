@@ -45,14 +45,17 @@ def send(journal: Journal, plan: Plan, opening: Opening, site: SiteId, attempt: 
                 "attempt": attempt,
                 "site": site,
             },
-            flow_run_name=f"{plan.run} · round {plan.round:03d} · {site}" + (f" · attempt {attempt}" if attempt > 1 else ""),
+            flow_run_name=f"{plan.run} · round {plan.round:03d} · {site}"
+            + (f" · attempt {attempt}" if attempt > 1 else ""),
             tags=["fedflow", run_tag(plan.nonce), training_tag(training), f"round:{plan.round}", f"site:{site}"],
             timeout=0,
             idempotency_key=key,
             as_subflow=not known,  # linking a run for the second time would leave a pending task run behind
         )
     except ObjectNotFound as error:
-        raise FedflowError(f"no deployment {SITE_FLOW}/{site}; run `fedflow deploy` with the federation file", site=site) from error
+        raise FedflowError(
+            f"no deployment {SITE_FLOW}/{site}; run `fedflow deploy` with the federation file", site=site
+        ) from error
     assert isinstance(run, FlowRun)  # called without a running event loop, it returns no coroutine
     return run.id
 
@@ -94,7 +97,9 @@ class Collector:
         while True:
             self._tick()
             if why := self._may_close():
-                closing = close_round(self.journal, self.plan, self.opening, self.found, why=why, missing=self.missing())
+                closing = close_round(
+                    self.journal, self.plan, self.opening, self.found, why=why, missing=self.missing()
+                )
                 return closing
             time.sleep(self.poll)
 
@@ -112,7 +117,11 @@ class Collector:
 
     def _look_at_runs(self) -> dict[SiteId, FlowRun]:
         """Sites whose newest flow run is over. An API that does not answer ends nothing: the deadline does."""
-        open_runs = {w.run: s for s, w in self.sites.items() if w.gone is None and w.again is None and s not in self.found.answered()}
+        open_runs = {
+            w.run: s
+            for s, w in self.sites.items()
+            if w.gone is None and w.again is None and s not in self.found.answered()
+        }
         try:
             runs = read_runs(self.client, open_runs)
         except OUTAGE as error:
@@ -145,7 +154,11 @@ class Collector:
         watched = self.sites[site]
         failure = self.journal.failure(self.plan, site, self.opening.number, watched.attempt)
         state = run.state_name or "ended"
-        reason = failure.reason if failure else f"its flow run ended {state}: {run.state.message if run.state else ''}".strip()
+        reason = (
+            failure.reason
+            if failure
+            else f"its flow run ended {state}: {run.state.message if run.state else ''}".strip()
+        )
         detail = f"\n{failure.traceback}" if failure and failure.traceback else ""
         self.log.error("%s: attempt %d failed: %s%s", site, watched.attempt, reason, detail)
         pause = self._pause(watched.attempt)
@@ -175,9 +188,13 @@ class Collector:
         grace = self.recipe.durations.quorum_grace
         assert grace is not None
         at = utc_now()
-        why = may_close(self.plan, self.opening, self.found, given_up=gone, quorum_since=self.quorum_since, grace=grace, at=at)
+        why = may_close(
+            self.plan, self.opening, self.found, given_up=gone, quorum_since=self.quorum_since, grace=grace, at=at
+        )
         if why is not None:
-            self._survey([s for s in self.plan.tasks if s not in self.found.accepted])  # nothing that is there is left out
+            self._survey(
+                [s for s in self.plan.tasks if s not in self.found.accepted]
+            )  # nothing that is there is left out
         return why
 
     def missing(self) -> Mapping[SiteId, str]:

@@ -73,7 +73,9 @@ class FlowWorker(BaseWorker[BaseJobConfiguration, BaseVariables, FlowWorkerResul
         name = (await self.client.read_flow(flow_run.flow_id)).name
         if name not in self.flows:
             raise ResolveError(f"flow: found {name!r}, expected one of {sorted(self.flows)}; nothing else runs here")
-        process = self._context.Process(target=run_in_child, args=(self.flows[name], str(flow_run.id)), name=flow_run.name)
+        process = self._context.Process(
+            target=run_in_child, args=(self.flows[name], str(flow_run.id)), name=flow_run.name
+        )
         await anyio.to_thread.run_sync(process.start)
         if task_status is not None:
             task_status.started(process.pid)

@@ -123,9 +123,7 @@ def test_frozen_parameters_are_held_or_averaged() -> None:
     updates = [update_of("a", params([2.0])), update_of("b", params([4.0]))]
     assert after(FedAvg(), state, updates).frozen["f"] is state.frozen["f"]
     assert "frozen" not in FedAvg().expects(state, "train")
-    sent = [
-        update_of(s, {**params([v]), "frozen": {"f": torch.tensor([v])}}) for s, v in (("a", 2.0), ("b", 4.0))
-    ]
+    sent = [update_of(s, {**params([v]), "frozen": {"f": torch.tensor([v])}}) for s, v in (("a", 2.0), ("b", 4.0))]
     averaging = FedAvg(frozen="average")
     assert after(averaging, state, sent).frozen["f"].tolist() == [3.0]
     assert averaging.expects(state, "train")["frozen"].keys() == {"f"}
@@ -149,7 +147,10 @@ def test_a_difference_loses_at_most_a_unit_in_the_last_place(start: float, end: 
     x, y = torch.tensor([start]), torch.tensor([end])
     algorithm = FedAvg(transfer="delta")
     update, _ = algorithm.site_update(
-        {"params": {"x": x}, "frozen": {}, "buffers": {}}, NoState(), Returns(y), RoundContext("r", 0, "train", "a", 1, 0)
+        {"params": {"x": x}, "frozen": {}, "buffers": {}},
+        NoState(),
+        Returns(y),
+        RoundContext("r", 0, "train", "a", 1, 0),
     )
     assert update.tensors["delta"]["x"].dtype == torch.float32 and "params" not in update.tensors
     found = after(algorithm, state_of(x), [update]).params["x"].item()
@@ -189,10 +190,18 @@ class Point(nn.Module):
         self.x = nn.Parameter(torch.tensor(x, dtype=dtype))
 
 
-def rounds(algorithm: FedAvg, model: Callable[[], nn.Module], works: Sequence[TorchWorkload], training: LocalTraining, count: int) -> Tensor:
+def rounds(
+    algorithm: FedAvg,
+    model: Callable[[], nn.Module],
+    works: Sequence[TorchWorkload],
+    training: LocalTraining,
+    count: int,
+) -> Tensor:
     """x after so many rounds of the algorithm over these sites."""
     start = model()
-    state = algorithm.init({"params": {n: p.detach() for n, p in start.named_parameters()}, "frozen": {}, "buffers": {}})
+    state = algorithm.init(
+        {"params": {n: p.detach() for n, p in start.named_parameters()}, "frozen": {}, "buffers": {}}
+    )
     for number in range(count):
         broadcast, updates = algorithm.broadcast(state, "train"), []
         for i, work in enumerate(works):
@@ -205,7 +214,9 @@ def rounds(algorithm: FedAvg, model: Callable[[], nn.Module], works: Sequence[To
 
 def test_one_site_and_one_step_are_one_step_of_torchs_sgd() -> None:
     work, lr = Quadratic(3.0, [1.0, -2.0, 0.1]), 0.07
-    found = rounds(FedAvg(), lambda: Point([0.3, 0.2, 0.1]), [work], LocalTraining(steps=1, optimizer=Optimizer(lr=lr)), 1)
+    found = rounds(
+        FedAvg(), lambda: Point([0.3, 0.2, 0.1]), [work], LocalTraining(steps=1, optimizer=Optimizer(lr=lr)), 1
+    )
     model = Point([0.3, 0.2, 0.1])
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     work.loss(model, None).backward()

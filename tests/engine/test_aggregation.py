@@ -12,7 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedflow.algorithms.fedavg import FedAvg, FedAvgState
-from fedflow.engine import aggregate_round, close_round, evaluate_model, next_step, open_round, site_step, start_run, survey
+from fedflow.engine import (
+    aggregate_round,
+    close_round,
+    evaluate_model,
+    next_step,
+    open_round,
+    site_step,
+    start_run,
+    survey,
+)
 from fedflow.engine.aggregation import weighted_metrics
 from fedflow.engine.site import SiteWork
 from fedflow.errors import FedflowError
@@ -79,7 +88,10 @@ def test_twice_the_same_aggregation_writes_the_same_objects(folder: Path, tmp_pa
 def test_a_manifest_names_everything_that_it_rests_on(tmp_path: Path) -> None:
     journal = run(recipe(algorithm="tests.builders:Leaning"), str(tmp_path / "store"))
     for number in (0, 1):
-        manifest, parent = journal.manifest(number, "train"), journal.manifest(number - 1, "train" if number else "initial")
+        manifest, parent = (
+            journal.manifest(number, "train"),
+            journal.manifest(number - 1, "train" if number else "initial"),
+        )
         plan = journal.plan(number, "train")
         assert manifest is not None and parent is not None and plan is not None
         assert manifest.parent == parent.digest() == plan.parent and plan.broadcast == parent.broadcast
@@ -108,7 +120,9 @@ def test_an_object_that_does_not_change_is_stored_once(tmp_path: Path) -> None:
 
 def test_a_plan_that_does_not_continue_the_newest_commit_is_not_aggregated(tmp_path: Path) -> None:
     journal, plan, closing = closed(tmp_path)
-    with pytest.raises(FedflowError, match="run run, round 1: the plan continues blake3:.*, but the newest commit is blake3:"):
+    with pytest.raises(
+        FedflowError, match="run run, round 1: the plan continues blake3:.*, but the newest commit is blake3:"
+    ):
         aggregate_round(journal, plan.model_copy(update={"round": 1, "parent": plan.digest()}), closing)
 
 
@@ -134,7 +148,10 @@ class CountsNames(FedAvg):
 
 def test_scalars_that_differ_between_parts_of_the_names_are_found(tmp_path: Path) -> None:
     journal, plan, closing = closed(tmp_path, algorithm="tests.engine.test_aggregation:CountsNames")
-    with pytest.raises(FedflowError, match=r"Counting\.names: found 0 and 1 from two parts of the names.*compute scalars from the context"):
+    with pytest.raises(
+        FedflowError,
+        match=r"Counting\.names: found 0 and 1 from two parts of the names.*compute scalars from the context",
+    ):
         aggregate_round(journal, plan, closing, bucket_bytes=1)
     assert journal.manifest(0, "train") is None
 
@@ -155,7 +172,9 @@ class KeepsObjects(FedAvg):
 
 
 def test_a_state_of_something_else_than_tensors_and_json_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FedflowError, match=r"Secretive\.memory: found object, expected tensors by name or a JSON value"):
+    with pytest.raises(
+        FedflowError, match=r"Secretive\.memory: found object, expected tensors by name or a JSON value"
+    ):
         run(recipe(algorithm="tests.engine.test_aggregation:KeepsObjects"), str(tmp_path))
 
 
@@ -179,7 +198,6 @@ def test_the_manifest_says_which_tensors_only_some_sites_sent(tmp_path: Path) ->
     assert head(journal).partial == {"4.bias": ["site-2", "site-3"]}
 
 
-
 class SaysItsMachine(FedAvg):
     """Site 3 records another processor."""
 
@@ -187,7 +205,9 @@ class SaysItsMachine(FedAvg):
 
     def site_update(self, broadcast: Groups, site_state: Any, work: Any, ctx: RoundContext) -> tuple[Update, Any]:
         update, state = super().site_update(broadcast, site_state, work, ctx)
-        return replace(update, numerics={**update.numerics, "cpu": "another"} if ctx.site == "site-3" else update.numerics), state
+        return replace(
+            update, numerics={**update.numerics, "cpu": "another"} if ctx.site == "site-3" else update.numerics
+        ), state
 
 
 def test_sites_with_other_numerics_than_the_first_are_flagged(tmp_path: Path) -> None:

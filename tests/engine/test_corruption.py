@@ -54,7 +54,11 @@ class Stored:
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory: pytest.TempPathFactory) -> Stored:
     store = str(tmp_path_factory.mktemp("corruption") / "store")
-    fields: dict[str, Any] = {"algorithm": "tests.builders:Leaning", "evaluation": "tests.builders:HeldOut", "quorum": 1}
+    fields: dict[str, Any] = {
+        "algorithm": "tests.builders:Leaning",
+        "evaluation": "tests.builders:HeldOut",
+        "quorum": 1,
+    }
     run(recipe(**fields), store)
     journal = run(recipe(**{**fields, "quorum": 2}), store)
     with recording_outcome(journal):

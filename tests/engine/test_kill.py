@@ -81,7 +81,9 @@ BEFORE_THE_UPDATE_COUNTS = {("update objects", "before"), ("update objects", "af
 BEFORE_THE_UPDATE_COUNTS |= {("site state", "after"), ("update manifest", "before"), ("training", "after")}
 
 
-@pytest.mark.parametrize(("step", "when"), [*((s, w) for s in WRITES for w in ("before", "after")), ("training", "after")])
+@pytest.mark.parametrize(
+    ("step", "when"), [*((s, w) for s in WRITES for w in ("before", "after")), ("training", "after")]
+)
 def test_a_run_killed_at_any_write_ends_with_the_same_bytes(
     tmp_path: Path, undisturbed: Undisturbed, step: Step, when: When
 ) -> None:
@@ -187,7 +189,9 @@ def replay(operations: list[Operation], old: str, new: str) -> None:
 
 
 @pytest.mark.parametrize(("algorithm", "rounds"), [("tests.builders:Leaning", 2), ("tests.builders:Bounded", 1)])
-def test_the_journal_goes_on_from_every_prefix_of_its_writes(history: list[Operation], algorithm: str, rounds: int) -> None:
+def test_the_journal_goes_on_from_every_prefix_of_its_writes(
+    history: list[Operation], algorithm: str, rounds: int
+) -> None:
     """A machine that loses power after any write: what is there is enough to end with the same bytes."""
     small = recipe(
         algorithm=algorithm,

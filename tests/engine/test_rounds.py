@@ -116,7 +116,10 @@ def test_the_states_of_a_run_are_not_those_of_another_run_of_that_name(tmp_path:
         ({"seed": 6}, "seed: 5 there, 6 here"),
         ({"late": "carry"}, "late: 'drop' there, 'carry' here"),
         ({"model": "tests.builders:blobs"}, "model"),
-        ({"algorithm": {"kind": "fedavg", "weight_by": "steps"}}, "algorithm: {.*'examples'.*} there, {.*'steps'.*} here"),
+        (
+            {"algorithm": {"kind": "fedavg", "weight_by": "steps"}},
+            "algorithm: {.*'examples'.*} there, {.*'steps'.*} here",
+        ),
     ],
 )
 def test_a_name_that_belongs_to_another_recipe_is_refused_naming_the_difference(
@@ -158,7 +161,11 @@ def test_sites_that_join_take_part_from_the_next_round_and_count_among_all(tmp_p
 
 def test_two_resumes_with_different_changes_lose_neither(tmp_path: Path) -> None:
     journal = started(str(tmp_path))
-    together(lambda: amend_run(journal, rounds=7), lambda: amend_run(journal, attempts=1), lambda: amend_run(journal, quorum=1))
+    together(
+        lambda: amend_run(journal, rounds=7),
+        lambda: amend_run(journal, attempts=1),
+        lambda: amend_run(journal, quorum=1),
+    )
     now = journal.recipe()
     assert (now.rounds, now.attempts, now.quorum) == (7, 1, 1)
 
@@ -183,7 +190,9 @@ def test_a_run_that_nobody_knows_is_named(tmp_path: Path) -> None:
         ({"overrides": {"site-8": {}}}, UserError, "'site-8'"),
     ],
 )
-def test_a_mistake_is_told_before_anything_is_written(tmp_path: Path, changes: dict[str, Any], error: type[Exception], told: str) -> None:
+def test_a_mistake_is_told_before_anything_is_written(
+    tmp_path: Path, changes: dict[str, Any], error: type[Exception], told: str
+) -> None:
     with pytest.raises(error, match=told):
         started(str(tmp_path / "store"), **changes)
     assert not (tmp_path / "store").exists()
@@ -228,7 +237,9 @@ def test_absent_sites_are_planned_around_and_named(tmp_path: Path) -> None:
         ({"min_sites": 3}, r"found 2 sites to ask, expected at least 3 \(min_sites\): site-2 \(no worker\)"),
     ],
 )
-def test_a_round_does_not_begin_without_the_sites_that_it_needs(tmp_path: Path, fields: dict[str, Any], told: str) -> None:
+def test_a_round_does_not_begin_without_the_sites_that_it_needs(
+    tmp_path: Path, fields: dict[str, Any], told: str
+) -> None:
     journal = started(str(tmp_path), **fields)
     with pytest.raises(QuorumLost, match=told):
         opened(journal, absent={"site-2": "no worker"})
@@ -242,7 +253,9 @@ OPENING = Opening(number=1, opened=NOW, deadline=NOW + timedelta(minutes=10), wh
 
 
 def found(*accepted: str, rejected: tuple[str, ...] = ()) -> Survey:
-    return Survey({s: Contribution(key="k", update="u", base_round=0) for s in accepted}, dict.fromkeys(rejected, "bad"))
+    return Survey(
+        {s: Contribution(key="k", update="u", base_round=0) for s in accepted}, dict.fromkeys(rejected, "bad")
+    )
 
 
 @pytest.mark.parametrize(
@@ -377,7 +390,9 @@ def test_a_site_outside_the_cohort_and_a_round_that_is_not_open_are_refused(tmp_
         answer(journal, plan, "site-1", opening=2)
 
 
-def test_a_training_stops_when_its_round_is_closed_or_its_deadline_is_past(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_training_stops_when_its_round_is_closed_or_its_deadline_is_past(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It looks every heartbeat: here after every step."""
     short = {"round_deadline": "1h", "heartbeat": "1ms", "quorum_grace": "0s"}
     journal = started(str(tmp_path / "store"), timeouts=short, quorum=1)
@@ -493,7 +508,9 @@ def test_a_run_stops_after_rounds_without_improvement_or_at_its_target(
     assert stops_early(values, stopping(**stop)) is expected
 
 
-@pytest.mark.parametrize(("values", "mode", "best"), [([0.1, 0.3, 0.3], "max", 1), ([0.1, None, 0.05], "min", 2), ([None], "max", None)])
+@pytest.mark.parametrize(
+    ("values", "mode", "best"), [([0.1, 0.3, 0.3], "max", 1), ([0.1, None, 0.05], "min", 2), ([None], "max", None)]
+)
 def test_the_best_round_is_the_earliest_of_the_best(values: list[float | None], mode: str, best: int | None) -> None:
     assert best_round(values, stopping(mode=mode)) == best
 

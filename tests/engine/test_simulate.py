@@ -111,7 +111,10 @@ class Failing(Blobs):
 
 
 def failing(tmp_path: Path, **fields: Any) -> dict[str, Any]:
-    return {"workload": {"path": "tests.engine.test_simulate:Failing", "args": {"broken": str(tmp_path / "broken")}}, **fields}
+    return {
+        "workload": {"path": "tests.engine.test_simulate:Failing", "args": {"broken": str(tmp_path / "broken")}},
+        **fields,
+    }
 
 
 def test_a_site_that_fails_is_excluded_with_its_traceback(tmp_path: Path) -> None:
@@ -119,7 +122,9 @@ def test_a_site_that_fails_is_excluded_with_its_traceback(tmp_path: Path) -> Non
     journal = run(recipe(**failing(tmp_path, quorum=2)), str(tmp_path / "store"))
     assert sorted(head(journal).contributors) == ["site-1", "site-3"]
     reason = head(journal).excluded["site-2"]
-    assert "training failed" in reason and "RuntimeError: the disk is on fire" in reason and "test_simulate.py" in reason
+    assert (
+        "training failed" in reason and "RuntimeError: the disk is on fire" in reason and "test_simulate.py" in reason
+    )
     assert head(journal).sites["site-2"].failures == 2
 
 
@@ -127,7 +132,9 @@ def test_below_the_quorum_the_run_stops_and_goes_on_when_the_site_is_back(tmp_pa
     fields = failing(tmp_path, quorum=3)
     run(recipe(**{**fields, "rounds": 1}), str(tmp_path / "store"))
     (tmp_path / "broken").touch()
-    with pytest.raises(QuorumLost, match=r"round 1: found 2 valid updates, expected 3; missing: site-2: training failed"):
+    with pytest.raises(
+        QuorumLost, match=r"round 1: found 2 valid updates, expected 3; missing: site-2: training failed"
+    ):
         run(recipe(**fields), str(tmp_path / "store"))
     (tmp_path / "broken").unlink()
     journal = run(recipe(**fields), str(tmp_path / "store"))
@@ -150,7 +157,9 @@ def test_a_site_whose_imports_are_not_allowed_says_so(tmp_path: Path) -> None:
     step = next_step(journal, recipe())
     assert step is not None
     plan, _ = open_round(journal, step)
-    config = SiteConfig(name="site-1", store=journal.store.url, state=str(tmp_path / "state"), allowed_imports=["hospital.*"])
+    config = SiteConfig(
+        name="site-1", store=journal.store.url, state=str(tmp_path / "state"), allowed_imports=["hospital.*"]
+    )
     with pytest.raises(ResolveError, match=r"found 'tests.builders:Blobs', expected a module among \['hospital.\*'\]"):
         site_step(SiteWork("run", 0, plan.phase), config)
     assert journal.store.list("sites") == []
@@ -251,7 +260,10 @@ class Clipped(Algorithm):
         return 1.0
 
     def measure(self, updates: Any, ctx: RoundContext) -> Tensors:
-        squares = {u.site: sum(((t.double() ** 2).sum() for t in u.tensors["params"].values()), torch.zeros(())) for u in updates}
+        squares = {
+            u.site: sum(((t.double() ** 2).sum() for t in u.tensors["params"].values()), torch.zeros(()))
+            for u in updates
+        }
         return {site: torch.as_tensor(value, dtype=torch.float64) for site, value in squares.items()}
 
     def aggregate(self, updates: Any, ctx: RoundContext) -> Aggregate:
@@ -268,7 +280,9 @@ class Clipped(Algorithm):
     def site_update(self, broadcast: Groups, site_state: Any, work: Training, ctx: RoundContext) -> tuple[Update, Any]:
         assert ctx.site is not None
         number = int(ctx.site[-1])
-        tensors = {n: torch.arange(x.numel(), dtype=x.dtype).reshape(x.shape) + number for n, x in broadcast["params"].items()}
+        tensors = {
+            n: torch.arange(x.numel(), dtype=x.dtype).reshape(x.shape) + number for n, x in broadcast["params"].items()
+        }
         return Update(ctx.site, ctx.round, examples=1, steps=0, lr_sum=0.0, tensors={"params": tensors}), site_state
 
 
@@ -278,7 +292,9 @@ def test_a_figure_over_all_tensors_is_measured_before_the_reduction() -> None:
     shapes = {n: p.shape for n, p in Tiny().named_parameters()}
     expected = {n: torch.zeros(shape, dtype=torch.float64) for n, shape in shapes.items()}
     for number in (1, 2, 3):
-        vector = {n: torch.arange(shape.numel(), dtype=torch.float64).reshape(shape) + number for n, shape in shapes.items()}
+        vector = {
+            n: torch.arange(shape.numel(), dtype=torch.float64).reshape(shape) + number for n, shape in shapes.items()
+        }
         norm = sum(float((t**2).sum()) for t in vector.values()) ** 0.5
         expected = {n: expected[n] + t / norm for n, t in vector.items()}
     found = read_model(journal, head(journal))["params"]
@@ -309,14 +325,24 @@ def test_an_unfinished_run_says_where_it_stands(tmp_path: Path) -> None:
     journal = Journal(ObjectStore(str(tmp_path / "store")), "run")
     now = current(journal)
     assert now is not None
-    assert (now.round, now.phase, now.opening, now.asked, now.answered) == (0, "train", 1, list(SITES), ["site-1", "site-3"])
+    assert (now.round, now.phase, now.opening, now.asked, now.answered) == (
+        0,
+        "train",
+        1,
+        list(SITES),
+        ["site-1", "site-3"],
+    )
     assert (summarize(journal).status, summarize(journal).model_digest) == ("interrupted", None)
 
 
 def test_metrics_that_are_no_numbers_are_told_as_missing() -> None:
     """JSON has no NaN; a mean is over the sites that have a number."""
     journal = simulate(recipe(rounds=1), {site: Odd(site) for site in SITES})
-    assert {s: c.metrics["odd"] for s, c in head(journal).contributors.items()} == {"site-1": None, "site-2": 2.0, "site-3": 3.0}
+    assert {s: c.metrics["odd"] for s, c in head(journal).contributors.items()} == {
+        "site-1": None,
+        "site-2": 2.0,
+        "site-3": 3.0,
+    }
     assert head(journal).metrics["odd"] == pytest.approx((20 * 2 + 28 * 3) / 48)
 
 

@@ -34,7 +34,9 @@ def with_full_disk(at: int, fields: dict[str, Any], store: str, report: str) -> 
     try:
         run(recipe(**fields), store)
     except FedflowError as error:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        resource.setrlimit(
+            resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+        )
         Path(report).write_bytes(canonical_json([type(error).__name__, str(error)]))
         sys.exit(3)
 
@@ -65,7 +67,9 @@ def test_a_disk_that_is_full_for_the_updates_loses_the_quorum_naming_the_write(t
     run(recipe(**LARGE, rounds=1), store)
     told = full_disk(100_000, LARGE, tmp_path)
     assert "QuorumLost" in told and "round 1: found 0 valid updates, expected 3" in told
-    assert re.search(r"site-1: .*cannot \w+ 'sites/site-1/run/00001/train/\w+\.safetensors'.*file may be this large", told)
+    assert re.search(
+        r"site-1: .*cannot \w+ 'sites/site-1/run/00001/train/\w+\.safetensors'.*file may be this large", told
+    )
     journal = run(recipe(**LARGE), store)
     assert outcome(journal)["model"] == outcome(run(recipe(**LARGE)))["model"]
     plan = journal.plan(1, "train")

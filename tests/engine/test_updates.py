@@ -75,7 +75,9 @@ class Round:
         self.store.put(key or f"{inbox}/{update.update_digest().partition(':')[2]}.json", update.to_bytes())
 
     def write(self, tensors: dict[str, Tensor], prefix: str | None = None) -> ObjectRef:
-        return write_tensors(self.store, prefix or self.journal.inbox(VICTIM, self.plan.round, self.plan.phase), tensors)
+        return write_tensors(
+            self.store, prefix or self.journal.inbox(VICTIM, self.plan.round, self.plan.phase), tensors
+        )
 
     def close(self) -> Closing:
         return close_round(self.journal, self.plan, self.opening, survey(self.journal, self.plan), why="deadline")
@@ -337,11 +339,15 @@ def test_a_manifest_that_is_damaged_after_the_closing_excludes_its_site(round: R
 
 # -- below the quorum --------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("wrong", ["NaN", "weight 0"])
-def test_below_the_quorum_the_round_fails_naming_the_site_and_a_lower_quorum_goes_on(tmp_path: Path, wrong: str) -> None:
+def test_below_the_quorum_the_round_fails_naming_the_site_and_a_lower_quorum_goes_on(
+    tmp_path: Path, wrong: str
+) -> None:
     """Nothing committed is lost; with a quorum that can be met, the round is held with the updates that are there."""
     round = Round(tmp_path / "round", quorum=3)
     WRONG[wrong][0](round)
-    with pytest.raises(QuorumLost, match=r"run run, round 0: found 2 valid updates, expected 3; missing: site-2: (not finite|weight)"):
+    with pytest.raises(
+        QuorumLost, match=r"run run, round 0: found 2 valid updates, expected 3; missing: site-2: (not finite|weight)"
+    ):
         round.commit()
     assert round.journal.committed() == [] and head(round.journal).round == -1
     with pytest.raises(QuorumLost, match="site-2"):  # the same again, if nothing is changed
@@ -365,7 +371,9 @@ def late_round(folder: Path, late: str) -> tuple[Round, Round]:
     round = before.copy(folder / "round")
     round.store.delete(round.sent())
     round.commit()
-    shutil.copytree(path_of(before.store, f"sites/{VICTIM}"), path_of(round.store, f"sites/{VICTIM}"), dirs_exist_ok=True)
+    shutil.copytree(
+        path_of(before.store, f"sites/{VICTIM}"), path_of(round.store, f"sites/{VICTIM}"), dirs_exist_ok=True
+    )
     return round, before
 
 

@@ -45,7 +45,13 @@ class Counted(TensorWorkload):
             yield batch
 
 
-def train(workload: TorchWorkload, settings: LocalTraining, ctx: RoundContext = CONTEXT, model: type[nn.Module] = Tiny, **options: Any) -> LocalResult:
+def train(
+    workload: TorchWorkload,
+    settings: LocalTraining,
+    ctx: RoundContext = CONTEXT,
+    model: type[nn.Module] = Tiny,
+    **options: Any,
+) -> LocalResult:
     return LocalTrainer(model, workload, settings, Numerics(), **options).train(broadcast(model), ctx)
 
 
@@ -66,10 +72,14 @@ def digest(result: LocalResult) -> str:
     ],
     ids=str,
 )
-def test_it_takes_exactly_the_steps_asked_for_going_round_the_data(settings: dict[str, int], passes: list[list[int]]) -> None:
+def test_it_takes_exactly_the_steps_asked_for_going_round_the_data(
+    settings: dict[str, int], passes: list[list[int]]
+) -> None:
     """Twenty examples in batches of eight. A batch may be fetched to see that it is not needed; none is trained on."""
     workload, seen = Counted(20), []
-    result = train(workload, LocalTraining(batch_size=8, **settings), on_step=lambda done, planned: seen.append((done, planned)))
+    result = train(
+        workload, LocalTraining(batch_size=8, **settings), on_step=lambda done, planned: seen.append((done, planned))
+    )
     expected = sum(len(sizes) for sizes in passes)
     assert result.steps == expected
     assert seen == [(n + 1, settings.get("steps")) for n in range(expected)]
@@ -99,7 +109,9 @@ def test_every_example_is_seen_once_an_epoch_in_an_order_of_the_seed() -> None:
 
 def test_it_is_torchs_own_loop() -> None:
     """Bitwise: the loop written out with torch.optim, over the same batches, with clipping and momentum."""
-    settings = LocalTraining(epochs=2, batch_size=8, clip_norm=0.5, optimizer=Optimizer(lr=0.1, momentum=0.9, nesterov=True))
+    settings = LocalTraining(
+        epochs=2, batch_size=8, clip_norm=0.5, optimizer=Optimizer(lr=0.1, momentum=0.9, nesterov=True)
+    )
     workload = TensorWorkload(*blobs(20, seed=1))
     found = train(workload, settings)
 
@@ -136,7 +148,11 @@ def test_the_bits_are_those_of_the_seed_whatever_the_caller_did_before() -> None
         np.random.seed(noise)
         results.append(digest(train(TensorWorkload(*blobs(20, seed=1)), LocalTraining(batch_size=8))))
     other = RoundContext("run", 2, "train", "site-1", 3, seed=12)
-    assert results[0] == results[1] != digest(train(TensorWorkload(*blobs(20, seed=1)), LocalTraining(batch_size=8), other))
+    assert (
+        results[0]
+        == results[1]
+        != digest(train(TensorWorkload(*blobs(20, seed=1)), LocalTraining(batch_size=8), other))
+    )
 
 
 class Noisy(TensorWorkload):
@@ -272,7 +288,9 @@ def test_inputs_and_targets_have_as_many_rows() -> None:
 
 
 def test_what_is_no_workload_is_told_with_what_it_lacks() -> None:
-    with pytest.raises(ResolveError, match="found 'dict', expected an object with __len__, batches, loss; add batches, loss"):
+    with pytest.raises(
+        ResolveError, match="found 'dict', expected an object with __len__, batches, loss; add batches, loss"
+    ):
         check_workload({}, "workload")
     with pytest.raises(ResolveError, match="evaluation: found 'dict', expected an object with evaluate"):
         check_evaluator({}, "evaluation")

@@ -30,7 +30,17 @@ ROOT = Path(__file__).parents[2]
 def own_algorithm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder into which the example package with its own algorithm is installed."""
     folder = tmp_path_factory.mktemp("installed")
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target", str(folder)]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--target",
+        str(folder),
+    ]
     subprocess.run([*pip, str(ROOT / "examples" / "own-algorithm")], check=True)
     return folder
 

@@ -19,7 +19,11 @@ MINUTES = 240.0  # seconds that a run may take on a busy machine
 
 def logged(log: Path, **changes: Any) -> dict[str, Any]:
     """Fields of a recipe whose trainings are counted in `log`."""
-    return {"workload": {"path": "tests.builders:Blobs", "args": {"log": str(log)}}, "evaluation": "tests.builders:HeldOut", **changes}
+    return {
+        "workload": {"path": "tests.builders:Blobs", "args": {"log": str(log)}},
+        "evaluation": "tests.builders:HeldOut",
+        **changes,
+    }
 
 
 def reference(undisturbed: Any, **changes: Any) -> dict[str, Any]:
@@ -45,7 +49,9 @@ COORDINATOR = [
 
 
 @pytest.mark.parametrize(("step", "when"), COORDINATOR)
-def test_a_killed_coordinator_resumes_to_the_same_bytes(poc: Poc, undisturbed: Any, tmp_path: Path, step: Any, when: Any) -> None:
+def test_a_killed_coordinator_resumes_to_the_same_bytes(
+    poc: Poc, undisturbed: Any, tmp_path: Path, step: Any, when: Any
+) -> None:
     """No site that had finished is trained again."""
     log, token = tmp_path / "trainings", tmp_path / "struck"
     fault = fail_at(step, round=1, when=when, token=token)

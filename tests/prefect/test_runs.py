@@ -56,7 +56,9 @@ def test_the_ui_shows_every_round_site_and_exclusion(poc: Poc) -> None:
     run = poc.execute(builders.recipe(), "shown")
     summary = run.result(MINUTES)
     with connect(poc.env.api_url) as client:
-        runs = client.read_flow_runs(flow_run_filter=FlowRunFilter(tags=FlowRunFilterTags(all_=[run_tag(summary.nonce)])))
+        runs = client.read_flow_runs(
+            flow_run_filter=FlowRunFilter(tags=FlowRunFilterTags(all_=[run_tag(summary.nonce)]))
+        )
         names = sorted(r.name for r in runs)
         sites = [f"shown · round {r:03d} · {s}" for r in (0, 1) for s in builders.SITES]
         assert names == sorted(["shown", "shown · round 000", "shown · round 001", *sites])
@@ -84,14 +86,21 @@ def test_nothing_that_prefect_keeps_is_pickled(poc: Poc) -> None:
 
 def test_a_round_closes_without_a_site_that_never_answers(poc: Poc, tmp_path: Path) -> None:
     """Quorum two of three: manifest and UI say why, its flow run is cancelled, no process is left."""
-    fields = {"quorum": 2, "rounds": 1, "attempts": 1, "timeouts": {"round_deadline": 15, "quorum_grace": 14, "train_timeout": 14}}
+    fields = {
+        "quorum": 2,
+        "rounds": 1,
+        "attempts": 1,
+        "timeouts": {"round_deadline": 30, "quorum_grace": 29, "train_timeout": 29},
+    }
     run = poc.execute(builders.recipe(**fields), "straggler", fail_at("training", site="site-3", effect="hang"))
     summary = run.result(MINUTES)
     (held,) = summary.rounds
     assert sorted(held.sites) == ["site-1", "site-2"]
     assert list(held.excluded) == ["site-3"]
     with connect(poc.env.api_url) as client:
-        runs = client.read_flow_runs(flow_run_filter=FlowRunFilter(tags=FlowRunFilterTags(all_=[run_tag(summary.nonce), "site:site-3"])))
+        runs = client.read_flow_runs(
+            flow_run_filter=FlowRunFilter(tags=FlowRunFilterTags(all_=[run_tag(summary.nonce), "site:site-3"]))
+        )
         assert [r.state_type for r in runs] in ([StateType.CANCELLED], [StateType.CANCELLING], [StateType.CRASHED])
         tables = client.read_artifacts(artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=["straggler-round"])))
         (row,) = (row for row in json.loads(tables[0].data) if row["counts"] == "no")
@@ -102,7 +111,7 @@ def test_a_round_closes_without_a_site_that_never_answers(poc: Poc, tmp_path: Pa
 
 def test_a_lost_quorum_fails_the_run_and_a_resume_goes_on(poc: Poc, undisturbed: Any) -> None:
     """Quorum three of three: the run fails naming the site; with the site back it ends with the undisturbed bytes."""
-    fields = {"quorum": 3, "attempts": 1, "timeouts": {"round_deadline": 15, "train_timeout": 8}}
+    fields = {"quorum": 3, "attempts": 1, "timeouts": {"round_deadline": 120, "train_timeout": 20}}
     run = poc.execute(builders.recipe(**fields), "quorum", fail_at("training", site="site-3", round=1, effect="hang"))
     with pytest.raises(RoundError, match=r"site-3"):
         run.result(MINUTES)
@@ -114,7 +123,12 @@ def test_a_lost_quorum_fails_the_run_and_a_resume_goes_on(poc: Poc, undisturbed:
 
 def test_a_failing_site_shows_its_traceback_in_the_rounds_log(poc: Poc) -> None:
     """Two of three sites count; the third's exception is where the round's log is."""
-    fields = {"quorum": 2, "rounds": 1, "attempts": 1, "overrides": {"site-2": {"workload_args": {"site": "site-none"}}}}
+    fields = {
+        "quorum": 2,
+        "rounds": 1,
+        "attempts": 1,
+        "overrides": {"site-2": {"workload_args": {"site": "site-none"}}},
+    }
     run = poc.execute(builders.recipe(**fields), "traceback")
     summary = run.result(MINUTES)
     assert "ValueError" in summary.rounds[0].excluded["site-2"]
@@ -138,4 +152,8 @@ def children_working_on(poc: Poc) -> list[psutil.Process]:
     """Processes that the workers forked for a flow run: each leads a group of its own, the workers' tools do not."""
     workers = {p.pid for p in poc.env.processes()}
     below = [c for p in poc.env.processes() for c in psutil.Process(p.pid).children(recursive=True)]
-    return [c for c in below if c.is_running() and c.status() != psutil.STATUS_ZOMBIE and os.getpgid(c.pid) == c.pid and c.pid not in workers]
+    return [
+        c
+        for c in below
+        if c.is_running() and c.status() != psutil.STATUS_ZOMBIE and os.getpgid(c.pid) == c.pid and c.pid not in workers
+    ]

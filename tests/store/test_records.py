@@ -97,7 +97,11 @@ def test_any_other_bytes_are_a_value_error(data: bytes) -> None:
 def test_a_record_in_another_spelling_is_none() -> None:
     """Spaces, another order, a field twice: one record has one spelling."""
     good = OPENING.to_bytes()
-    for other in (good + b"\n", json.dumps(json.loads(good)).encode(), good.replace(b'"number":1', b'"number":2,"number":1')):
+    for other in (
+        good + b"\n",
+        json.dumps(json.loads(good)).encode(),
+        good.replace(b'"number":1', b'"number":2,"number":1'),
+    ):
         with pytest.raises(ValueError, match="not the canonical JSON of a record"):
             Opening.from_bytes(other)
 
@@ -109,14 +113,21 @@ def test_an_update_is_the_same_whichever_attempt_made_it(field: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"examples": 11}, {"state_base": "u"}, {"lr_sum": 0.3}, {"groups": {}}, {"scalars": {"a": 1.0}}, {"state": "s"}], ids=str
+    "changes",
+    [{"examples": 11}, {"state_base": "u"}, {"lr_sum": 0.3}, {"groups": {}}, {"scalars": {"a": 1.0}}, {"state": "s"}],
+    ids=str,
 )
 def test_an_update_is_another_if_anything_else_differs(changes: dict[str, Any]) -> None:
     assert UPDATE.model_copy(update=changes).update_digest() != UPDATE.update_digest()
 
 
 def test_metrics_lose_what_json_has_not() -> None:
-    assert finite({"a": 1, "b": float("nan"), "c": float("inf"), "d": True}) == {"a": 1.0, "b": None, "c": None, "d": 1.0}
+    assert finite({"a": 1, "b": float("nan"), "c": float("inf"), "d": True}) == {
+        "a": 1.0,
+        "b": None,
+        "c": None,
+        "d": 1.0,
+    }
 
 
 def test_every_record_is_frozen_and_takes_no_unknown_field() -> None:
@@ -166,7 +177,10 @@ def test_a_damaged_record_is_named_with_what_is_wrong(tmp_path: Path) -> None:
     here = journal(tmp_path)
     here.put_plan(PLAN)
     here.store.put("public/run/rounds/00000/train/plan.json", b"{}", mode="overwrite")
-    with pytest.raises(ObjectCorrupt, match=r"public/run/rounds/00000/train/plan\.json: found .*expected a Plan as it was written; restore it"):
+    with pytest.raises(
+        ObjectCorrupt,
+        match=r"public/run/rounds/00000/train/plan\.json: found .*expected a Plan as it was written; restore it",
+    ):
         here.plan(0, "train")
 
 

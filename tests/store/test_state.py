@@ -73,9 +73,13 @@ def test_parts_that_disagree_about_a_scalar_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [torch.ones(1), {1, 2}, object(), float("inf"), [float("nan")]], ids=["tensor", "set", "object", "infinity", "NaN"]
+    "bad",
+    [torch.ones(1), {1, 2}, object(), float("inf"), [float("nan")]],
+    ids=["tensor", "set", "object", "infinity", "NaN"],
 )
 def test_what_is_neither_tensors_nor_json_is_named(store: ObjectStore, bad: Any) -> None:
-    with pytest.raises(FedflowError, match=rf"Momentum\.note: found {type(bad).__name__}, expected tensors by name or a JSON value"):
+    with pytest.raises(
+        FedflowError, match=rf"Momentum\.note: found {type(bad).__name__}, expected tensors by name or a JSON value"
+    ):
         write_state(store, "objects", momentum(note=bad))
     assert store.list() == []

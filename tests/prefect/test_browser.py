@@ -1,0 +1,101 @@
+"""What a person does in the Prefect UI: look at a run and its artifacts, fill the form, start a run from it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+from prefect.client.schemas.objects import StateType
+
+from fedflow.prefect.api import connect, find_runs
+from fedflow.recipe import Recipe
+from fedflow.store.journal import list_runs
+from tests import builders
+from tests.prefect.conftest import Poc
+from tests.prefect.test_kills import MINUTES
+
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(900)]
+
+QUIET = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+PATIENCE = 60_000  # milliseconds for a page to show something
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    assert chromium, "install Chromium, from the system's packages"
+    with sync_playwright() as playwright, playwright.chromium.launch(executable_path=chromium, args=QUIET) as browser:
+        yield browser
+
+
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    page = browser.new_page(viewport={"width": 1400, "height": 1000})
+    page.set_default_timeout(PATIENCE)
+    yield page
+    page.close()
+
+
+def picture(page: Page, name: str) -> None:
+    """A screenshot, into the folder that SCREENSHOTS names, if it does."""
+    if folder := os.environ.get("SCREENSHOTS"):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        page.screenshot(path=str(Path(folder) / f"{name}.png"), full_page=True)
+
+
+def test_a_run_its_rounds_and_its_artifacts_can_be_read(poc: Poc, page: Page) -> None:
+    run = poc.execute(builders.recipe(), "looked-at")
+    run.result(MINUTES)
+    page.goto(str(run.backend.ui()))
+    expect(page.get_by_text("looked-at").first).to_be_visible(timeout=PATIENCE)
+    expect(page.get_by_text("Completed").first).to_be_visible(timeout=PATIENCE)
+    expect(page.get_by_text("finished after 2 rounds").first).to_be_visible(timeout=PATIENCE)
+    picture(page, "run")
+    base = f"http://127.0.0.1:{poc.env.server.port}"
+    with connect(poc.env.api_url) as client:
+        runs = find_runs(client, "fedflow", states=list(StateType))
+    held = next(r for r in runs if r.name == "looked-at · round 001")
+    page.goto(f"{base}/runs/flow-run/{held.id}")
+    expect(page.get_by_text("looked-at · round 001").first).to_be_visible(timeout=PATIENCE)
+    expect(page.get_by_text("committed blake3").first).to_be_visible(timeout=PATIENCE)
+    picture(page, "round")
+    page.goto(f"{base}/artifacts/key/looked-at-round")
+    expect(page.get_by_text("looked-at-round").first).to_be_visible(timeout=PATIENCE)
+    picture(page, "round-artifact")
+    page.goto(f"{base}/artifacts/key/looked-at-report")
+    expect(page.get_by_text("looked-at-report").first).to_be_visible(timeout=PATIENCE)
+    picture(page, "report-artifact")
+
+
+def test_the_form_starts_a_run(poc: Poc, page: Page) -> None:
+    """The form shows the recipe, is changed, and sent: the run that it starts trains to its end."""
+    poc.env.deploy(Recipe.model_validate({**builders.recipe(rounds=2).model_dump(), "name": "formed"}))
+    with connect(poc.env.api_url) as client:
+        deployment = client.read_deployment_by_name(f"fedflow-training/{poc.env.federation.name}")
+    page.goto(f"http://127.0.0.1:{poc.env.server.port}/deployments/deployment/{deployment.id}/run")
+    expect(page.get_by_text("recipe", exact=False).first).to_be_visible(timeout=PATIENCE)
+    picture(page, "form")
+    rounds = page.get_by_label(re.compile("^rounds", re.IGNORECASE)).first
+    rounds.fill("1")
+    picture(page, "form-filled")
+    page.get_by_role("button", name=re.compile("submit|run", re.IGNORECASE)).last.click()
+    page.wait_for_url(re.compile(r"flow-run|/runs"), timeout=PATIENCE)
+    expect(page.get_by_text("finished after 1 rounds").first).to_be_visible(timeout=300_000)
+    picture(page, "run-from-form")
+    (started,) = [name for name in list_runs(poc.env.store) if name.startswith("formed-")]
+    summary = poc.env.attach(started).summary()
+    assert summary.finished
+    assert len(summary.rounds) == 1

@@ -10,7 +10,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test test-browser format lock clean
+.PHONY: help setup demo test test-faults test-browser format lock clean
 
 help: ## list these targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 22
@@ -33,7 +33,10 @@ test: setup ## style, types, then every test that needs no browser
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/pytest -m "not browser"
+	$(BIN)/pytest -m "not browser and not faults"
+
+test-faults: setup ## kills and outages of every process, on a real Prefect server
+	$(BIN)/pytest -m faults
 
 test-browser: setup ## the tests that drive a real Chromium
 	$(BIN)/pytest -m browser

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fedflow.algorithm import Algorithm
-from fedflow.errors import FedflowError
 from fedflow.engine.updates import Contributor, as_update
+from fedflow.errors import FedflowError
 from fedflow.local.model import build_model, load_groups
 from fedflow.local.numerics import applied
 from fedflow.local.workload import check_evaluator

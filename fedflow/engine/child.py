@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
-import signal
 import traceback
 from collections.abc import Callable
 from multiprocessing import forkserver
@@ -65,18 +63,17 @@ def _call(name: str, args: list[Any], timeout: float) -> None:
     process = _context.Process(target=_serve, args=(name, json.dumps(args), theirs), daemon=True)
     process.start()
     theirs.close()
-    process.join(timeout)
-    if process.is_alive():
-        assert process.pid is not None
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
+    with ours:
+        answered = ours.poll(timeout)  # an answer, or the end of the process
+        try:
+            answer = json.loads(ours.recv_bytes()) if answered else None
+        except EOFError:
+            process.join()
+            answer = {"error": "RoundError", "text": f"{name}: its process died with exit code {process.exitcode}"}
+    process.kill()  # it has nothing more to do
+    process.join()
+    if answer is None:
         raise RoundError(f"{name}: killed after {timeout:g} s; give it longer (round_deadline) or a faster store")
-    answer = (
-        json.loads(ours.recv_bytes())
-        if ours.poll()
-        else {"error": "RoundError", "text": f"its process died with exit code {process.exitcode}"}
-    )
-    ours.close()
     if answer:
         raise _error(name, answer)
 
@@ -101,5 +98,5 @@ def _serve(name: str, args: str, answer: Connection) -> None:
             "place": {"run": error.run, "round": error.round, "site": error.site},
         }
     except Exception:
-        said = {"error": "RoundError", "text": traceback.format_exc()}
+        said = {"error": "RoundError", "text": f"{name} failed:\n{traceback.format_exc()}"}
     answer.send_bytes(json.dumps(said).encode())

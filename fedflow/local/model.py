@@ -90,7 +90,7 @@ def load_checkpoint(model: nn.Module, source: str) -> None:
         raise CheckpointError(
             field_error("checkpoint", source, "a safetensors file", f"write it anew: {error}")
         ) from error
-    aliases = {n: p for n, p in model.named_parameters(remove_duplicate=False)}
+    aliases = dict(model.named_parameters(remove_duplicate=False))
     first = {id(p): n for n, p in model.named_parameters()}
     untied = {n: t for n, t in tensors.items() if n not in aliases or first[id(aliases[n])] == n}
     try:

@@ -23,7 +23,7 @@ from fedflow.store.journal import Journal
 from fedflow.store.records import Attempt, Closing, Opening, Plan, utc_now
 from fedflow.types import SiteId
 
-__all__ = ["Collector", "SITE_FLOW", "send"]
+__all__ = ["SITE_FLOW", "Collector", "send"]
 
 SITE_FLOW = "fedflow-site"
 """Name of the flow that runs at a site; each site has one deployment of it, named like the site."""

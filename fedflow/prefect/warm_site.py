@@ -11,10 +11,10 @@ from pathlib import Path
 
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
-import torch  # noqa: E402
+import torch
 
-import fedflow.flows.site as site  # noqa: E402
-from fedflow.errors import FedflowError  # noqa: E402
+import fedflow.flows.site as site
+from fedflow.errors import FedflowError
 
 
 def _first_use() -> None:

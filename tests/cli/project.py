@@ -164,12 +164,12 @@ def environment(**more: str) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _in(folder: Path) -> Iterator[None]:
-    """With `folder` as the working directory; the path of imports, and what was imported from the project, is restored."""
+    """With `folder` as the working directory, as if nothing of any project had been imported; the path is restored."""
     path = list(sys.path)
+    sys.modules.pop("points_workload", None)
+    importlib.invalidate_caches()
     try:
         with contextlib.chdir(folder):
             yield
     finally:
         sys.path[:] = path
-        sys.modules.pop("points_workload", None)
-        importlib.invalidate_caches()

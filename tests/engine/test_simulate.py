@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,7 +177,7 @@ def test_phases_follow_each_other_and_each_is_committed(tmp_path: Path) -> None:
     journal = run(recipe(algorithm="tests.builders:Bounded", evaluation="tests.builders:HeldOut"), str(tmp_path))
     assert sorted(journal.committed()) == sorted((r, p) for r in (0, 1) for p in ("bound", "train"))
     models = [read_model(journal, m) for m in _manifests(journal)]
-    for before, after in zip(models, models[1:], strict=False):
+    for before, after in itertools.pairwise(models):
         for name, x in before["params"].items():
             assert (after["params"][name] - x).abs().max() <= 0.02 + 1e-6
     assert head(journal).state.scalars == {"phases_done": 4}

@@ -396,7 +396,7 @@ def test_a_late_update_is_dropped(tmp_path: Path) -> None:
 
 def test_a_late_update_is_carried_into_the_next_round_from_where_it_started(tmp_path: Path) -> None:
     """It counts as y + (x₁ − x₀): what the site learnt, moved to where the model is now; in float64, rounded once."""
-    round, before = late_round(tmp_path, "carry")
+    round, _before = late_round(tmp_path, "carry")
     first = head(round.journal)
     round.plan, round.opening = second_round(round)
     for site in OTHERS:

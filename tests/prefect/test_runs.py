@@ -22,6 +22,8 @@ from tests import builders
 from tests.prefect.conftest import Poc
 from tests.prefect.test_kills import MINUTES
 
+pytestmark = pytest.mark.timeout(1200)
+
 SAMPLED = {"schedule": {"kind": "sampled", "sites_per_round": 2}, "rounds": 3}
 
 

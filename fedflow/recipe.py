@@ -142,7 +142,15 @@ class _ByKind:
         )
 
     def __get_pydantic_json_schema__(self, schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return {"oneOf": [self._form(kind) for kind in self._kinds()], "title": self.base.__name__}
+        known = self._kinds()
+        other = {
+            "title": "Another, by name or import path",
+            "type": "object",
+            "properties": {"kind": {"type": "string", "title": "Kind", "not": {"enum": known}}},
+            "required": ["kind"],
+            "additionalProperties": True,
+        }
+        return {"oneOf": [*(self._form(kind) for kind in known), other], "title": self.base.__name__}
 
     def _kinds(self) -> list[str]:
         return sorted({*self.builtin, *entry_point_names(self.group)})

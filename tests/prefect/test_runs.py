@@ -40,6 +40,7 @@ def test_a_recipe_gives_one_digest_in_all_three_environments(
     assert recipe.execute(prod, run_id="digest").result(MINUTES).model_digest == expected
 
 
+@pytest.mark.faults
 def test_an_algorithm_from_an_installed_package_runs_in_all_three_environments(
     poc: Poc, prod: ProdEnv, own_algorithm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,6 +112,7 @@ def test_a_round_closes_without_a_site_that_never_answers(poc: Poc, tmp_path: Pa
     poc.execute(builders.recipe(rounds=1), "after-straggler").result(MINUTES)  # the site's worker is free again
 
 
+@pytest.mark.faults
 def test_a_lost_quorum_fails_the_run_and_a_resume_goes_on(poc: Poc, undisturbed: Any) -> None:
     """Quorum three of three: the run fails naming the site; with the site back it ends with the undisturbed bytes."""
     fields = {"quorum": 3, "attempts": 1, "timeouts": {"round_deadline": 120, "train_timeout": 20}}
@@ -123,6 +125,7 @@ def test_a_lost_quorum_fails_the_run_and_a_resume_goes_on(poc: Poc, undisturbed:
     assert poc.env.resume(run.id).result(MINUTES).model_digest == undisturbed()["model"]
 
 
+@pytest.mark.faults
 def test_a_failing_site_shows_its_traceback_in_the_rounds_log(poc: Poc) -> None:
     """Two of three sites count; the third's exception is where the round's log is."""
     fields = {
@@ -138,6 +141,7 @@ def test_a_failing_site_shows_its_traceback_in_the_rounds_log(poc: Poc) -> None:
     assert "Traceback" in log and "builders.py" in log
 
 
+@pytest.mark.faults
 def test_an_aborted_run_leaves_no_process_and_can_be_resumed(poc: Poc, undisturbed: Any, tmp_path: Path) -> None:
     """Also on SQLite, where the engine itself loses cancellations."""
     reached = tmp_path / "training"

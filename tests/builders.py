@@ -199,9 +199,6 @@ def outcome(journal: Journal) -> dict[str, Any]:
 def in_child(function: Callable[..., Any], *args: Any) -> int:
     """The exit code of `function(*args)` in a process of its own; −9 if it was killed."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["torch._dynamo", "tests.builders"]
-    )  # the first: what a first optimizer step imports
     process = context.Process(target=function, args=args)
     process.start()
     process.join()

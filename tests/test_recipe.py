@@ -304,8 +304,9 @@ def test_a_file_that_is_no_recipe_is_told_in_one_line(
 def test_the_form_tells_algorithms_and_schedules_apart_by_a_required_kind_of_one_value() -> None:
     properties = recipe_schema()["properties"]
     for field, kinds in (("algorithm", {"fedavg"}), ("schedule", {"everyone", "sampled"})):
-        forms = properties[field]["oneOf"]
+        *forms, other = properties[field]["oneOf"]
         assert kinds <= {form["properties"]["kind"]["enum"][0] for form in forms}
+        assert kinds <= set(other["properties"]["kind"]["not"]["enum"])  # whatever is not known here is let through
         assert all(len(f["properties"]["kind"]["enum"]) == 1 and "kind" in f["required"] for f in forms)
 
 

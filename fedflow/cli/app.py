@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -67,6 +68,7 @@ app.command("doctor")(doctor.doctor)
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 1 for what failed, 2 for a mistake of the user. Never raises."""
     session = Session()
+    os.environ.setdefault("DO_NOT_TRACK", "1")  # importing Prefect would report to its makers
     for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character gets another one, not an error
         with contextlib.suppress(AttributeError):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]

@@ -17,7 +17,7 @@ from prefect.client.schemas.filters import (
     FlowRunFilterTags,
 )
 from prefect.client.schemas.objects import FlowRun, StateType
-from prefect.exceptions import ObjectNotFound
+from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.states import Cancelled, Cancelling
 
 from fedflow.errors import UnreachableError
@@ -100,7 +100,9 @@ def absent_sites(client: SyncPrefectClient, federation: Federation) -> dict[Site
     for site in federation.sites:
         try:
             workers = client.read_workers_for_work_pool(site.work_pool)
-        except ObjectNotFound:
+        except PrefectHTTPStatusError as error:  # the client makes no ObjectNotFound of this one
+            if error.response.status_code != 404:
+                raise
             absent[site.name] = f"no work pool {site.work_pool!r}"
             continue
         seen = [w.last_heartbeat_time for w in workers if w.last_heartbeat_time is not None]

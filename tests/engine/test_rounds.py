@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -379,6 +380,39 @@ def test_two_trainers_of_one_site_wait_for_each_other(tmp_path: Path) -> None:
     plan, _ = opened(journal)
     first, second = together(*[lambda: answer(journal, plan, "site-1")] * 2)
     assert first == second and trainings(log) == {"site-1": 1}
+
+
+def test_a_site_that_does_its_work_on_two_machines_sends_the_same_bytes(tmp_path: Path) -> None:
+    """Two machines that know nothing of each other: the second one's writes find the first one's objects there."""
+    journal = started(str(tmp_path / "a/store"), algorithm="tests.builders:Leaning")
+    plan, _ = opened(journal)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    other = Journal(ObjectStore(str(tmp_path / "b/store")), "run")
+    sent = [answer(here, plan, "site-2").update_digest() for here in (journal, other)]
+    assert sent[0] == sent[1] and journal.store.list() == other.store.list()
+    for key in keys(journal.store, "safetensors$"):
+        assert journal.store.get(key) == other.store.get(key)
+    assert states(journal, "site-2") == states(other, "site-2")
+
+
+def test_a_trainer_that_finishes_late_changes_nothing(tmp_path: Path) -> None:
+    """Its round is closed and committed without it; its update and its memory of it count nowhere."""
+    fields: dict[str, Any] = {"algorithm": "tests.builders:Leaning", "quorum": 2, "rounds": 3}
+    journal = run(recipe(**fields | {"rounds": 1}), str(tmp_path / "late/store"))
+    amend_run(journal, rounds=3)
+    plan, opening = opened(journal)
+    for site in SITES[:2]:
+        answer(journal, plan, site)
+
+    def meanwhile(done: int, planned: int | None) -> None:
+        if done == 1:
+            commit_round(journal, plan, closed(journal, plan, opening))
+            shutil.copytree(tmp_path / "late", tmp_path / "never")
+
+    answer(journal, plan, "site-3", progress=meanwhile)
+    late, never = (outcome(run(recipe(**fields), str(tmp_path / name / "store"))) for name in ("late", "never"))
+    assert late == never
+    assert journal.manifest(1, "train").excluded.keys() == {"site-3"}  # type: ignore[union-attr]
 
 
 def test_a_site_outside_the_cohort_and_a_round_that_is_not_open_are_refused(tmp_path: Path) -> None:

@@ -47,7 +47,10 @@ def follow(environment: Any, run: Run, before: int, view: View) -> int:
             write_line(console, Text("stopping the run …", style="yellow"))
             run.abort()
         tick(run, last=True)
-    return _conclude(environment, run, view, console)
+    try:
+        return _conclude(environment, run, view, console)
+    except StoreError as error:  # no mistake of the user's: the run has begun
+        raise FedflowError(f"what became of the run cannot be read: {error}", run=run.id) from error
 
 
 def committed_rounds(store: ObjectStore, run: str) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from tests.cli.project import Project, Result
+from tests.cli.project import SITES, Project, Result
 from tests.servers import PrefectServer
 
 
@@ -45,11 +45,17 @@ def test_server_that_does_not_answer(project: Project) -> None:
     assert "http://127.0.0.1:1/api" in rest
 
 
-def test_server_with_and_without_workers(project: Project, prefect_api: PrefectServer) -> None:
-    result = project.shell("doctor", "recipe.yaml", PREFECT_API_URL=prefect_api.url)
-    found = lines(result)
-    assert result.code == 0, {name: line for name, line in found.items() if line[0] == "fail"}
-    assert found["Prefect server"][0] == "ok"
-    state, rest = found["worker of site-1"]
+def test_server_before_and_after_a_deployment(project: Project, prefect_api: PrefectServer) -> None:
+    """`fedflow deploy` makes what `fedflow doctor` misses; the workers are the sites' own matter."""
+    before = project.shell("doctor", "recipe.yaml", PREFECT_API_URL=prefect_api.url)
+    assert before.code == 0, before
+    assert lines(before)["Prefect server"][0] == "ok"
+    state, rest = lines(before)["worker of site-1"]
     assert state == "warn"
     assert "no work pool 'site-1'" in rest and "fedflow site start" in rest
+
+    deployed = project.shell("deploy", "federation.yaml", "--store", "store", PREFECT_API_URL=prefect_api.url)
+    assert deployed.code == 0, deployed
+    assert [name.rpartition("/")[2] for name in deployed.out.split()] == ["federation", "federation", *SITES]
+    after = project.shell("doctor", "recipe.yaml", PREFECT_API_URL=prefect_api.url)
+    assert "no worker on work pool 'site-1'" in lines(after)["worker of site-1"][1]

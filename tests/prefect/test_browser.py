@@ -1,9 +1,8 @@
-"""What a person does in the Prefect UI: look at a run and its artifacts, fill the form, start a run from it."""
+"""What a person sees in the Prefect UI: a run, its rounds, its artifacts."""
 
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +12,6 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 from prefect.client.schemas.objects import StateType
 
 from fedflow.prefect.api import connect, find_runs
-from fedflow.recipe import Recipe
-from fedflow.store.journal import list_runs
 from tests import builders
 from tests.prefect.conftest import Poc
 from tests.prefect.test_kills import MINUTES
@@ -78,24 +75,3 @@ def test_a_run_its_rounds_and_its_artifacts_can_be_read(poc: Poc, page: Page) ->
     page.goto(f"{base}/artifacts/key/looked-at-report")
     expect(page.get_by_text("looked-at-report").first).to_be_visible(timeout=PATIENCE)
     picture(page, "report-artifact")
-
-
-def test_the_form_starts_a_run(poc: Poc, page: Page) -> None:
-    """The form shows the recipe, is changed, and sent: the run that it starts trains to its end."""
-    poc.env.deploy(Recipe.model_validate({**builders.recipe(rounds=2).model_dump(), "name": "formed"}))
-    with connect(poc.env.api_url) as client:
-        deployment = client.read_deployment_by_name(f"fedflow-training/{poc.env.federation.name}")
-    page.goto(f"http://127.0.0.1:{poc.env.server.port}/deployments/deployment/{deployment.id}/run")
-    expect(page.get_by_text("recipe", exact=False).first).to_be_visible(timeout=PATIENCE)
-    picture(page, "form")
-    rounds = page.get_by_label(re.compile("^rounds", re.IGNORECASE)).first
-    rounds.fill("1")
-    picture(page, "form-filled")
-    page.get_by_role("button", name=re.compile("submit|run", re.IGNORECASE)).last.click()
-    page.wait_for_url(re.compile(r"flow-run|/runs"), timeout=PATIENCE)
-    expect(page.get_by_text("finished after 1 rounds").first).to_be_visible(timeout=300_000)
-    picture(page, "run-from-form")
-    (started,) = [name for name in list_runs(poc.env.store) if name.startswith("formed-")]
-    summary = poc.env.attach(started).summary()
-    assert summary.finished
-    assert len(summary.rounds) == 1

@@ -69,7 +69,7 @@ class LiveProgress:
         self.console, self.header = console, header
         self.watch: Watch | None = None
         self._spinner = Spinner("dots")
-        self._live = Live(self, console=console, refresh_per_second=8, transient=True)
+        self._live = Live(self, console=console, refresh_per_second=5, transient=True)
 
     def __enter__(self) -> object:
         return self._live.__enter__()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict
 
@@ -25,7 +25,16 @@ from fedflow.types import (
     Update,
 )
 
-__all__ = ["Algorithm", "LocalResult", "NoState", "Schedule", "Training", "weighted_mean"]
+__all__ = [
+    "NO_CORRECTION",
+    "Algorithm",
+    "Correction",
+    "LocalResult",
+    "NoState",
+    "Schedule",
+    "Training",
+    "weighted_mean",
+]
 
 
 @dataclass(frozen=True)
@@ -67,12 +76,62 @@ class LocalResult:
         )
 
 
+@dataclass(frozen=True)
+class Correction:
+    """What an algorithm adds to the gradient g of every trainable parameter w, x being the broadcast: g + offset + proximal·(w − x).
+
+    Said, not done, so that whoever trains (a loop, hooks in foreign code, vectorised sites) can apply it.
+
+    offset:     constant over the round, by parameter name; a name that is absent gets none
+    proximal:   μ of a proximal term μ/2·‖w − x‖²
+    apply:      "gradient": before the optimizer reads it; "after_step": w ← w − lr·(offset + proximal·(w − x)) afterwards
+    assumes_sgd: whether the mathematics hold for plain SGD only: momentum is warned of, adaptive optimizers are refused
+    """
+
+    offset: Tensors = field(default_factory=dict)
+    proximal: float = 0.0
+    apply: Literal["gradient", "after_step"] = "gradient"
+    assumes_sgd: bool = False
+
+    def __bool__(self) -> bool:
+        """Whether it changes anything: without, the training must be that of FedAvg to the bit."""
+        return bool(self.offset) or self.proximal != 0.0
+
+
+NO_CORRECTION = Correction()
+"""Plain training: FedAvg's."""
+
+
 @runtime_checkable
 class Training(Protocol):
-    """The work that training algorithms are given at a site: local training of the broadcast model."""
+    """The work that training algorithms are given at a site: the broadcast model (groups "params", "frozen", "buffers") and
+    the site's data."""
 
-    def train(self, broadcast: Groups, ctx: RoundContext) -> LocalResult:
-        """Train from `broadcast` (groups "params", "frozen", "buffers") as the recipe says for `ctx.site`."""
+    def train(
+        self,
+        broadcast: Groups,
+        ctx: RoundContext,
+        *,
+        correction: Correction = NO_CORRECTION,
+        steps: int | None = None,
+        preserve: bool = False,
+    ) -> LocalResult:
+        """Train from `broadcast` as the recipe says for `ctx.site`.
+
+        steps:    exactly so many completed optimizer steps, in place of the recipe's epochs or steps
+        preserve: go on with the optimizer, schedule, random state and place in the data of the site's last accepted update
+        """
+        ...
+
+    def gradient(self, broadcast: Groups, ctx: RoundContext) -> Tensors:
+        """The gradient of the mean loss over all of the site's data at `broadcast`, by parameter name.
+
+        Raises SiteError where the site's code cannot be asked for it (a training function, a script).
+        """
+        ...
+
+    def loss(self, broadcast: Groups, ctx: RoundContext) -> float:
+        """The mean loss over all of the site's data at `broadcast`. Raises SiteError as `gradient` does."""
         ...
 
 

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedflow.algorithm import LocalResult
+from fedflow.algorithm import NO_CORRECTION, Correction, LocalResult
 from fedflow.errors import SiteError
 from fedflow.local import numerics
 from fedflow.local.model import load_groups, model_groups
 from fedflow.local.workload import TorchWorkload
 from fedflow.recipe import LocalTraining, Numerics, Optimizer
 from fedflow.tensors import model_digest
-from fedflow.types import Groups, RoundContext, derive_seed
+from fedflow.types import Groups, RoundContext, Tensors, derive_seed
 
 __all__ = ["LocalTrainer"]
 
@@ -36,25 +36,23 @@ class LocalTrainer:
     numerics: Numerics
     on_step: Callable[[int, int | None], None] = lambda done, planned: None
 
-    def train(self, broadcast: Groups, ctx: RoundContext) -> LocalResult:
-        """Train from `broadcast`: `settings.steps` optimizer steps, or `settings.epochs` passes over the data.
+    def train(
+        self,
+        broadcast: Groups,
+        ctx: RoundContext,
+        *,
+        correction: Correction = NO_CORRECTION,
+        steps: int | None = None,
+        preserve: bool = False,
+    ) -> LocalResult:
+        """Train from `broadcast`: `steps` (or `settings.steps`) optimizer steps, or `settings.epochs` passes over the data.
 
-        The bits depend on `broadcast`, `ctx.seed`, the data and the numerics alone. Raises SiteError where no step was
-        taken or frozen parameters were changed.
+        The bits depend on `broadcast`, `correction`, `ctx.seed`, the data and the numerics alone. Raises SiteError where no
+        step was taken or frozen parameters were changed.
         """
-        if len(self.workload) == 0:
-            raise SiteError(
-                "the workload has no examples; give this site data or leave it out",
-                run=ctx.run,
-                round=ctx.round,
-                site=ctx.site,
-            )
-        with torch.random.fork_rng(devices=[]):
-            model = self.model()
-        load_groups(model, broadcast)
-        model.to(self.numerics.device)
+        model = self._model(broadcast, ctx)
         with numerics.applied(self.numerics, ctx.seed):
-            steps, lr_sum, loss = self._loop(model, ctx)
+            done, lr_sum, loss = self._loop(model, ctx, correction, steps)
             metrics = {"loss": loss, **self._evaluate(model)}
         groups = {g: {n: t.cpu() for n, t in tensors.items()} for g, tensors in model_groups(model).items()}
         if model_digest(groups["frozen"]) != model_digest(broadcast["frozen"]):
@@ -67,28 +65,80 @@ class LocalTrainer:
         return LocalResult(
             **groups,
             examples=len(self.workload),
-            steps=steps,
+            steps=done,
             lr_sum=lr_sum,
             metrics=metrics,
             numerics=numerics.recorded(self.numerics),
         )
 
-    def _loop(self, model: nn.Module, ctx: RoundContext) -> tuple[int, float, float]:
+    def gradient(self, broadcast: Groups, ctx: RoundContext) -> Tensors:
+        """The gradient of the mean loss over all data at `broadcast`, in eval mode."""
+        model = self._model(broadcast, ctx)
+        names = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        total = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in names.items()}
+        with numerics.applied(self.numerics, ctx.seed):
+            for share, loss in self._full_pass(model, ctx):
+                model.zero_grad(set_to_none=True)
+                loss.backward()  # type: ignore[no-untyped-call]
+                for name, p in names.items():
+                    if p.grad is not None:
+                        total[name] += share * p.grad.double()
+        return {name: t.to(names[name].dtype).cpu() for name, t in total.items()}
+
+    def loss(self, broadcast: Groups, ctx: RoundContext) -> float:
+        """The mean loss over all data at `broadcast`, in eval mode."""
+        model = self._model(broadcast, ctx)
+        with numerics.applied(self.numerics, ctx.seed), torch.no_grad():
+            return sum(share * float(loss) for share, loss in self._full_pass(model, ctx))
+
+    def _model(self, broadcast: Groups, ctx: RoundContext) -> nn.Module:
+        """A model with the broadcast's values, where it will be used."""
+        if len(self.workload) == 0:
+            raise SiteError(
+                "the workload has no examples; give this site data or leave it out",
+                run=ctx.run,
+                round=ctx.round,
+                site=ctx.site,
+            )
+        with torch.random.fork_rng(devices=[]):
+            model = self.model()
+        load_groups(model, broadcast)
+        return model.to(self.numerics.device)
+
+    def _full_pass(self, model: nn.Module, ctx: RoundContext) -> Iterator[tuple[float, Tensor]]:
+        """(share of the data, mean loss) of every batch of one epoch."""
+        model.eval()
+        batches = self.workload.batches(self.settings.batch_size, torch.Generator().manual_seed(ctx.seed))
+        left = len(self.workload)
+        for batch in batches:
+            size = min(self.settings.batch_size, left)
+            left -= size
+            yield size / len(self.workload), self.workload.loss(model, self._to_device(batch))
+
+    def _loop(
+        self, model: nn.Module, ctx: RoundContext, correction: Correction, wanted: int | None
+    ) -> tuple[int, float, float]:
         """(steps, Σ lr, mean loss over the steps)."""
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = make_optimizer(self.settings.optimizer, parameters)
-        planned = ctx.overrides.get("steps", self.settings.steps)
+        planned = ctx.overrides.get("steps", wanted or self.settings.steps)
+        correct = Corrector(model, correction) if correction else None
         model.train()
         steps, lr_sum, losses = 0, 0.0, 0.0
         for batch in self._batches(planned, ctx.seed):
             optimizer.zero_grad(set_to_none=True)
             loss = self.workload.loss(model, batch)
             loss.backward()  # type: ignore[no-untyped-call]
+            if correct:
+                correct.before_step()
             if self.settings.clip_norm is not None:
                 nn.utils.clip_grad_norm_(parameters, self.settings.clip_norm)
             optimizer.step()
+            lr = optimizer.param_groups[0]["lr"]
+            if correct:
+                correct.after_step(lr)
             steps += 1
-            lr_sum += optimizer.param_groups[0]["lr"]
+            lr_sum += lr
             losses += float(loss.detach())
             self.on_step(steps, planned)
         if steps == 0:
@@ -129,6 +179,39 @@ class LocalTrainer:
         model.eval()
         with torch.no_grad():
             return {name: float(value) for name, value in evaluate(model).items()}
+
+
+class Corrector:
+    """Applies a correction to the trainable parameters of `model`, whose values now are the broadcast."""
+
+    def __init__(self, model: nn.Module, correction: Correction) -> None:
+        self.correction = correction
+        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._start = {n: p.detach().clone() for n, p in self._parameters.items()} if correction.proximal else {}
+        self._offset = {n: t.to(self._parameters[n]) for n, t in correction.offset.items() if n in self._parameters}
+
+    @torch.no_grad()
+    def before_step(self) -> None:
+        """g ← g + offset + μ(w − x), where that is when the correction applies."""
+        if self.correction.apply == "gradient":
+            for name, p in self._parameters.items():
+                if (term := self._term(name, p)) is not None:
+                    p.grad = term if p.grad is None else p.grad.add_(term)
+
+    @torch.no_grad()
+    def after_step(self, lr: float) -> None:
+        """w ← w − lr·(offset + μ(w − x)), where that is when the correction applies."""
+        if self.correction.apply == "after_step":
+            for name, p in self._parameters.items():
+                if (term := self._term(name, p)) is not None:
+                    p.sub_(term, alpha=lr)
+
+    def _term(self, name: str, p: Tensor) -> Tensor | None:
+        offset = self._offset.get(name)
+        if not self.correction.proximal:
+            return None if offset is None else offset.clone()
+        pull = (p - self._start[name]).mul_(self.correction.proximal)
+        return pull if offset is None else pull.add_(offset)
 
 
 def make_optimizer(spec: Optimizer, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:

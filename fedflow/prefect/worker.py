@@ -58,6 +58,10 @@ class FlowWorker(BaseWorker[BaseJobConfiguration, BaseVariables, FlowWorkerResul
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload([self.preload])
 
+    def registered(self) -> dict[str, str]:
+        """What runs here: flow name -> "module:function"."""
+        return self.flows
+
     async def setup(self) -> None:
         """As every worker, and warm: the fork server starts importing now, not when the first round waits for it."""
         await super().setup()
@@ -70,12 +74,10 @@ class FlowWorker(BaseWorker[BaseJobConfiguration, BaseVariables, FlowWorkerResul
         task_status: anyio.abc.TaskStatus[Any] | None = None,
     ) -> FlowWorkerResult:
         """Fork, watch, and stop the child where its flow run is cancelled. Raises ResolveError for a foreign flow."""
-        name = (await self.client.read_flow(flow_run.flow_id)).name
-        if name not in self.flows:
-            raise ResolveError(f"flow: found {name!r}, expected one of {sorted(self.flows)}; nothing else runs here")
-        process = self._context.Process(
-            target=run_in_child, args=(self.flows[name], str(flow_run.id)), name=flow_run.name
-        )
+        name, flows = (await self.client.read_flow(flow_run.flow_id)).name, self.registered()
+        if name not in flows:
+            raise ResolveError(f"flow: found {name!r}, expected one of {sorted(flows)}; nothing else runs here")
+        process = self._context.Process(target=run_in_child, args=(flows[name], str(flow_run.id)), name=flow_run.name)
         await anyio.to_thread.run_sync(process.start)
         if task_status is not None:
             task_status.started(process.pid)
@@ -85,7 +87,7 @@ class FlowWorker(BaseWorker[BaseJobConfiguration, BaseVariables, FlowWorkerResul
             kill_group(process)
         if cancelled:
             await self._mark_flow_run_as_cancelled(flow_run, {"message": "stopped by its worker"})
-        await self._run_hooks(self.flows[name], flow_run.id, crashed=not cancelled and process.exitcode != 0)
+        await self._run_hooks(flows[name], flow_run.id, crashed=not cancelled and process.exitcode != 0)
         return FlowWorkerResult(identifier=str(process.pid), status_code=0 if cancelled else process.exitcode or 0)
 
     async def _watch(self, process: ForkServerProcess, flow_run: UUID) -> bool:
@@ -141,6 +143,11 @@ class SiteWorker(FlowWorker):
     flows: ClassVar[dict[str, str]] = {"fedflow-site": "fedflow.flows.site:local_training"}
     preload: ClassVar[str] = "fedflow.prefect.warm_site"
     _description = "Runs fedflow's local training, as installed at this site, and nothing else."
+
+    def registered(self) -> dict[str, str]:
+        """The site's own flow, where its configuration names one, in place of fedflow's."""
+        own = SiteConfig.here().flow
+        return {name: own or target for name, target in self.flows.items()}
 
 
 class CoordinatorWorker(FlowWorker):

@@ -25,6 +25,7 @@ from pydantic import (
     TypeAdapter,
     ValidationError,
     ValidationInfo,
+    field_validator,
     model_validator,
 )
 from pydantic_core import PydanticCustomError, core_schema
@@ -563,6 +564,14 @@ class SiteConfig(_Model):
     its owner has changed, found on the python_path."""
     api_url: str | None = None
     """URL of the Prefect API. Default: the environment's."""
+
+    @field_validator("state")
+    @classmethod
+    def _absolute(cls, state: str) -> str:
+        """Found again from whatever folder the worker is started in."""
+        if "://" not in state and not Path(state).is_absolute():
+            raise ValueError(f"found {state!r}, expected a URL or an absolute path; write {str(Path(state).absolute())!r}")
+        return state
 
     environment_variable: ClassVar[str] = "FEDFLOW_SITE_CONFIG"
     """Where a worker's child finds the path of this file."""

@@ -23,6 +23,7 @@ from fedflow.environments.prod import ProdEnv
 from fedflow.errors import UnreachableError
 from fedflow.prefect import worker
 from fedflow.recipe import Federation, Recipe, SiteConfig
+from fedflow.store.objects import ObjectStore
 
 __all__ = ["PocEnv", "Server"]
 
@@ -189,7 +190,7 @@ class PocEnv(ProdEnv):
             pool=site.work_pool,
             store=self.federation.store,
             store_options=self.federation.store_options,
-            state=site.state or str(folder / "state"),
+            state=ObjectStore(site.state or str(folder / "state")).url,
             preload=sorted({r.path.partition(":")[0] for r in (recipe.workload, recipe.model) if ":" in r.path})
             if recipe
             else [],

@@ -570,7 +570,9 @@ class SiteConfig(_Model):
     def _absolute(cls, state: str) -> str:
         """Found again from whatever folder the worker is started in."""
         if "://" not in state and not Path(state).is_absolute():
-            raise ValueError(f"found {state!r}, expected a URL or an absolute path; write {str(Path(state).absolute())!r}")
+            raise ValueError(
+                f"found {state!r}, expected a URL or an absolute path; write {str(Path(state).absolute())!r}"
+            )
         return state
 
     environment_variable: ClassVar[str] = "FEDFLOW_SITE_CONFIG"

@@ -40,6 +40,7 @@ __all__ = ["CoordinatorWorker", "SiteWorker", "command", "environment", "start"]
 POLL = 0.1  # seconds between two looks whether a child ended
 LOOK = 1.0  # seconds between two looks whether its flow run is to be cancelled
 GRACE = 5.0  # seconds from SIGTERM to SIGKILL
+STOPPED = (StateType.CANCELLING, StateType.CANCELLED)  # of a flow run that is not to run
 
 
 class FlowWorkerResult(BaseWorkerResult):
@@ -85,6 +86,7 @@ class FlowWorker(BaseWorker[BaseJobConfiguration, BaseVariables, FlowWorkerResul
             cancelled = await self._watch(process, flow_run.id)
         finally:
             kill_group(process)
+        cancelled = cancelled or await self._is_cancelling(flow_run.id)  # it may have ended before anybody looked
         if cancelled:
             await self._mark_flow_run_as_cancelled(flow_run, {"message": "stopped by its worker"})
         await self._run_hooks(flows[name], flow_run.id, crashed=not cancelled and process.exitcode != 0)
@@ -110,7 +112,7 @@ class FlowWorker(BaseWorker[BaseJobConfiguration, BaseVariables, FlowWorkerResul
             return True
         except OUTAGE:
             return False  # an API that does not answer cancels nothing
-        return seen.state_type in (StateType.CANCELLING, StateType.CANCELLED)
+        return seen.state_type in STOPPED
 
     async def _stop(self, process: ForkServerProcess) -> None:
         """SIGTERM to the child's group, SIGKILL after a grace."""
@@ -180,7 +182,8 @@ def run_in_child(target: str, flow_run_id: str) -> None:
     with handle_engine_signals(UUID(flow_run_id)):
         with get_client(sync_client=True) as client:
             flow_run = client.read_flow_run(UUID(flow_run_id))
-        run_flow(load(target), flow_run=flow_run)
+        if flow_run.state_type not in STOPPED:
+            run_flow(load(target), flow_run=flow_run)
 
 
 def kill_group(process: ForkServerProcess, sig: signal.Signals = signal.SIGKILL) -> None:

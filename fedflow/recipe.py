@@ -6,7 +6,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -521,6 +521,9 @@ class Federation(_Model):
         names = [site.name for site in self.sites]
         if twice := sorted({n for n in names if names.count(n) > 1}):
             raise ValueError(f"sites named twice: {twice}; give each site a name of its own")
+        pools = [self.coordinator_pool, *(site.work_pool for site in self.sites)]
+        if twice := sorted({p for p in pools if pools.count(p) > 1}):
+            raise ValueError(f"work pools used twice: {twice}; give each site and the coordinator a pool of its own")
         return self
 
     @classmethod
@@ -532,6 +535,11 @@ class Federation(_Model):
     def of(cls, count: int, *, store: str | None = None) -> Federation:
         """`site-1` … `site-<count>`."""
         return cls(sites=[FederationSite(name=f"site-{i + 1}") for i in range(count)], store=store)
+
+    def joined(self, names: Iterable[SiteId]) -> Federation:
+        """This federation with sites of these names too."""
+        new = [FederationSite(name=name) for name in names if name not in self.names]
+        return self.model_validate({**self.model_dump(), "sites": [*self.sites, *new]})
 
     @property
     def names(self) -> list[SiteId]:

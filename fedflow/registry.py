@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import sys
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from importlib.metadata import entry_points
+from types import ModuleType
 from typing import Any
 
 from fedflow.errors import ResolveError, field_error
@@ -44,7 +46,7 @@ def resolve(
     Raises ResolveError naming `field`, what was looked for and the fix.
     """
     if aliases and name in aliases:
-        return _import(aliases[name], field)
+        return _import(aliases[name], field)  # the site's owner wrote it
     if ":" not in name:
         found = load_entry_point(group, name)
         if found is not None:
@@ -53,14 +55,19 @@ def resolve(
         raise ResolveError(
             field_error(field, name, f"one of {known} or an import path 'module:attribute'", "correct the name")
         )
-    module = name.partition(":")[0]
+    _check_allowed(name.partition(":")[0], name, field, allowed)
+    found = _import(name, field)
+    _check_allowed(getattr(found, "__module__", "") or "", name, field, allowed)  # not what the module itself imported
+    return found
+
+
+def _check_allowed(module: str, name: str, field: str, allowed: Iterable[str] | None) -> None:
+    """Raises ResolveError where `module` is not among the patterns `allowed`; never from Python's own library."""
+    if module.partition(".")[0] in sys.stdlib_module_names:
+        raise ResolveError(field_error(field, name, "code of an installed package", "name a class or factory of yours"))
     if allowed is not None and not any(fnmatchcase(module, pattern) for pattern in allowed):
-        raise ResolveError(
-            field_error(
-                field, name, f"a module among {sorted(allowed)}", "let the site's owner add it to allowed_imports"
-            )
-        )
-    return _import(name, field)
+        fix = "let the site's owner add it to allowed_imports"
+        raise ResolveError(field_error(field, name, f"a module among {sorted(allowed)}", fix))
 
 
 def _import(path: str, field: str) -> Any:
@@ -77,6 +84,10 @@ def _import(path: str, field: str) -> Any:
             public = [n for n in dir(found) if not n.startswith("_") and callable(getattr(found, n))]
             raise ResolveError(field_error(field, path, f"one of {public} in {module_name}", "correct the attribute"))
         found = getattr(found, part)
+        if isinstance(found, ModuleType):
+            raise ResolveError(
+                field_error(field, path, "a class or a function", f"{part} is a module: name it before the colon")
+            )
     return found
 
 

@@ -130,3 +130,23 @@ def test_arguments_that_do_not_fit_are_told_with_the_signature(args: dict[str, i
 
     with pytest.raises(ResolveError, match=r"workload\.args: found .*expected arguments of factory\(size: .?int.?\)"):
         call(factory, args, field="workload.args")
+
+
+# -- what a recipe may not reach ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize("allowed", [None, ["fedflow.template.*"]])
+@pytest.mark.parametrize("path", ["fedflow.template.workload:torch.os.system", "fedflow.template.workload:np.load"])
+def test_a_name_does_not_lead_through_modules(path: str, allowed: list[str] | None) -> None:
+    with pytest.raises(ResolveError, match=r"workload: found .* is a module: name it before the colon"):
+        resolve("workloads", path, field="workload", allowed=allowed)
+
+
+def test_what_an_allowed_module_has_imported_is_not_allowed_with_it() -> None:
+    path = "fedflow.template.workload:load_digits"
+    with pytest.raises(ResolveError, match=r"expected a module among \['fedflow.template.workload'\]"):
+        resolve("workloads", path, field="workload", allowed=["fedflow.template.workload"])
+
+
+@pytest.mark.parametrize("path", ["os:system", "subprocess:run", "builtins:eval"])
+def test_python_s_own_library_is_no_model(path: str) -> None:
+    with pytest.raises(ResolveError, match=r"model: found .* expected code of an installed package"):
+        resolve("models", path, field="model")

@@ -186,23 +186,17 @@ def _amend(
     """Write changes of a run into its journal. Raises RecipeError where they contradict each other."""
     from pydantic import ValidationError
 
-    from fedflow.cli.following import committed_rounds
     from fedflow.engine import amend_run
     from fedflow.recipe import FederationSite, explain
     from fedflow.store.journal import Journal
 
     journal = Journal(environment.store, run_id)
-    done = committed_rounds(environment.store, run_id)
-    if changes.get("rounds", done) < done:
-        fix = f"give {done} or more"
-        raise UserError(
-            field_error("--rounds", changes["rounds"], f"at least the {done} rounds that are committed", fix)
-        )
     if timeouts:
         changes["timeouts"] = {**journal.recipe().timeouts.model_dump(), **dict(_timeout(text) for text in timeouts)}
     try:
         joining = [FederationSite(name=site).name for site in sites or []]
         amend_run(journal, sites=joining, **changes)
+        environment.federation = environment.federation.joined(joining)
     except ValidationError as error:
         raise RecipeError(f"{run_id}: {explain(error)}") from error
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
+import os
+import signal
 import traceback
 from collections.abc import Callable
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 from fedflow import errors
@@ -60,22 +64,32 @@ _CALLS: dict[str, Callable[..., None]] = {"aggregate": _aggregate, "evaluate": _
 
 def _call(name: str, args: list[Any], timeout: float) -> None:
     ours, theirs = _context.Pipe(duplex=False)
-    process = _context.Process(target=_serve, args=(name, json.dumps(args), theirs), daemon=True)
+    process = _context.Process(target=_serve, args=(name, json.dumps(args), theirs))
     process.start()
     theirs.close()
-    with ours:
-        answered = ours.poll(timeout)  # an answer, or the end of the process
-        try:
-            answer = json.loads(ours.recv_bytes()) if answered else None
-        except EOFError:
-            process.join()
-            answer = {"error": "RoundError", "text": f"{name}: its process died with exit code {process.exitcode}"}
-    process.kill()  # it has nothing more to do
-    process.join()
+    try:
+        with ours:
+            answered = ours.poll(timeout)  # an answer, or the end of the process
+            try:
+                answer = json.loads(ours.recv_bytes()) if answered else None
+            except EOFError:
+                process.join()
+                answer = {"error": "RoundError", "text": f"{name}: its process died with exit code {process.exitcode}"}
+    finally:
+        _kill(process)  # it has nothing more to do
     if answer is None:
         raise RoundError(f"{name}: killed after {timeout:g} s; give it longer (round_deadline) or a faster store")
     if answer:
         raise _error(name, answer)
+
+
+def _kill(process: BaseProcess) -> None:
+    """The process and all that it started: it leads a group of its own."""
+    assert process.pid is not None
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
+    process.join()
 
 
 def _error(name: str, answer: dict[str, Any]) -> FedflowError:
@@ -88,6 +102,7 @@ def _error(name: str, answer: dict[str, Any]) -> FedflowError:
 
 
 def _serve(name: str, args: str, answer: Connection) -> None:
+    os.setsid()
     try:
         _CALLS[name](*json.loads(args))
         said: dict[str, Any] = {}

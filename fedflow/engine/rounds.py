@@ -6,6 +6,7 @@ The truth about a round is in the store. Whoever comes second to a create-only w
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import re
 import uuid
@@ -29,7 +30,7 @@ from fedflow.errors import (
 )
 from fedflow.local.model import build_model, load_checkpoint, model_groups
 from fedflow.recipe import AMENDABLE, NAME, Recipe
-from fedflow.store.journal import Journal
+from fedflow.store.journal import INITIAL, Journal
 from fedflow.store.objects import ObjectStore
 from fedflow.store.records import (
     Amendment,
@@ -72,16 +73,14 @@ def start_run(store: ObjectStore, run: str, recipe: Recipe, sites: Sequence[Site
     """
     if not re.fullmatch(NAME, run):
         raise UserError(field_error("run", run, f"a name that matches {NAME}", "choose another --run-id"))
-    unknown = sorted({*recipe.overrides, *recipe.required_sites} - set(sites))
-    if unknown:
-        raise UserError(
-            f"overrides, required_sites: found sites {unknown}, expected sites among {sorted(sites)}; correct the names"
-        )
+    check_sites(recipe, sites)
+    journal = Journal(store, run)
+    if (begun := _begun(journal)) and begun.digest() == recipe.digest():
+        return journal  # neither model nor checkpoint need be here any more
     model = build_model(recipe.model.path, recipe.model.args, seed=recipe.seed)
     if recipe.checkpoint is not None:
         load_checkpoint(model, recipe.checkpoint)
     store.probe()
-    journal = Journal(store, run)
     wanted = RunRecord(
         fedflow=__version__,
         run=run,
@@ -100,6 +99,27 @@ def start_run(store: ObjectStore, run: str, recipe: Recipe, sites: Sequence[Site
     return journal
 
 
+def _begun(journal: Journal) -> Recipe | None:
+    """The recipe of a run whose initial state is committed."""
+    if journal.manifest(INITIAL, "initial") is None:
+        return None
+    return Recipe.model_validate(journal.record().recipe)
+
+
+def check_sites(recipe: Recipe, sites: Sequence[SiteId]) -> None:
+    """Raises UserError where the recipe asks for sites that are not there, or for more of them."""
+    unknown = sorted({*recipe.overrides, *recipe.required_sites} - set(sites))
+    if unknown:
+        raise UserError(
+            f"overrides, required_sites: found sites {unknown}, expected sites among {sorted(sites)}; correct the names"
+        )
+    for name in ("quorum", "min_sites"):
+        wanted = getattr(recipe, name)
+        if wanted is not None and wanted > len(sites):
+            expected = f"at most {len(sites)}, the sites of the federation"
+            raise UserError(field_error(name, wanted, expected, f"lower {name}, or add sites"))
+
+
 def amend_run(
     journal: Journal, recipe: Recipe | None = None, sites: Sequence[SiteId] = (), **changes: object
 ) -> Recipe:
@@ -115,6 +135,10 @@ def amend_run(
                 f"run: found {journal.run!r} with another recipe ({_differences(current, wanted)}), expected no change but in "
                 f"{', '.join(sorted(AMENDABLE))}; take the others back, or start a new run"
             )
+        done = sum(phase == current.algorithm.phases[-1] for _, phase in journal.committed())
+        if wanted.rounds < done:
+            raise UserError(field_error("rounds", wanted.rounds, f"at least the {done} that are committed", "raise it"))
+        check_sites(wanted, sorted({*journal.sites(), *sites}))
         before, after = current.model_dump(mode="json"), wanted.model_dump(mode="json")
         changed = {field: after[field] for field in sorted(AMENDABLE) if before[field] != after[field]}
         joined = sorted(set(sites) - set(journal.sites()))
@@ -231,31 +255,47 @@ def open_round(
     absent: Mapping[SiteId, str] | None = None,
     reopen: bool = False,
     why: str = "start",
+    ends: datetime | None = None,
 ) -> tuple[Plan, Opening]:
     """The plan of `step`, and an opening of it: made, or found made.
 
     absent: site -> why it cannot be asked now (used for a new plan only)
     reopen: start a new opening with a new deadline, as a resume does; the updates that are there stay. Without it an
-            opening that is there is continued, its deadline not extended.
+            opening that is there is continued, its deadline not extended, unless it was closed below its quorum.
+    ends:   when the run ends at the latest, and so the opening
     Raises QuorumLost where too few sites are there, or a required one is not.
     """
     recipe = journal.recipe()
     plan = journal.plan(step.round, step.phase) or journal.put_plan(_make_plan(journal, recipe, step, absent or {}))
     openings = journal.openings(plan)
-    if openings and not reopen:
-        return plan, openings[-1]
-    if openings and (closing := journal.closing(plan, openings[-1].number)) and closing.quorate:
-        return plan, openings[-1]  # nothing is left to collect: only to aggregate
+    if openings:
+        closing = journal.closing(plan, openings[-1].number)
+        if closing.quorate if closing else not reopen:
+            return plan, openings[-1]  # to be continued; or nothing is left to collect, only to aggregate
     now = utc_now()
+    deadline = now + recipe.durations.round_deadline
     opening = Opening(
         number=len(openings) + 1,
         opened=now,
-        deadline=now + recipe.durations.round_deadline,
+        deadline=min(deadline, ends) if ends else deadline,
         why=why,
         quorum=plan.quorum if recipe.quorum is None else recipe.quorum,
         required=recipe.required_sites,
+        rejected=_rejected(journal, plan, openings),
     )
     return plan, journal.put_opening(plan, opening)
+
+
+def _rejected(journal: Journal, plan: Plan, openings: Sequence[Opening]) -> list[str]:
+    """Manifests that did not count in earlier openings: their sites are asked again, and may send others."""
+    if not openings:
+        return []
+    checks = Checks(journal, plan)
+    refused = {key for site in plan.tasks for key in checks.keys(site) if isinstance(checks.judge(site, key), str)}
+    for before, after in itertools.pairwise(journal.closings(plan)):
+        if after.opening == before.opening:  # a revision: what failed in aggregation
+            refused |= {c.key for c in before.contributors.values()} - {c.key for c in after.contributors.values()}
+    return sorted({*openings[-1].rejected, *refused})
 
 
 def _make_plan(journal: Journal, recipe: Recipe, step: Step, absent: Mapping[SiteId, str]) -> Plan:
@@ -281,10 +321,10 @@ def _make_plan(journal: Journal, recipe: Recipe, step: Step, absent: Mapping[Sit
             run=journal.run,
             round=step.round,
         )
-    least = max(recipe.min_sites, min(quorum, 1))
+    least, binding = max((quorum, "quorum"), (recipe.min_sites, "min_sites"))
     if len(tasks) < least:
         raise QuorumLost(
-            f"found {len(tasks)} sites to ask, expected at least {least} (min_sites): {_named(sorted(absent), absent)}; start their workers and resume",
+            f"found {len(tasks)} sites to ask, expected at least {least} ({binding}): {_named(sorted(absent), absent)}; start their workers and resume",
             run=journal.run,
             round=step.round,
         )

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
+import os
+import threading
 import traceback
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -107,7 +110,7 @@ def _in_processes(pool: Executor, works: list[tuple[SiteWork, SiteConfig, Any]])
 def _attempt(work: SiteWork, config: SiteConfig, **given: Any) -> str | None:
     """Why the site failed, with its traceback where fedflow did not foresee it; None if it did not."""
     try:
-        site_step(work, config, **given)
+        site_step(work, config, unhurried=True, **given)
     except FedflowError as error:
         return str(error)
     except Exception:
@@ -120,4 +123,16 @@ def _pool(workers: int) -> ProcessPoolExecutor:
     context.set_forkserver_preload(
         ["fedflow.engine", "torch._dynamo"]
     )  # the latter: what a first optimizer step imports
-    return ProcessPoolExecutor(workers, mp_context=context)
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_die_with_parent)
+
+
+def _die_with_parent() -> None:
+    """A worker waits for work on a pipe that its like hold open: it would outlive a parent that was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()

@@ -72,6 +72,7 @@ def site_step(
     model: Callable[[], nn.Module] | None = None,
     progress: Progress = lambda done, planned: None,
     store: ObjectStore | None = None,
+    unhurried: bool = False,
 ) -> UpdateManifest:
     """Do `work` at the site of `config`; the update is in the store when this returns.
 
@@ -80,6 +81,7 @@ def site_step(
 
     workload, model: used in place of what the recipe names (for simulations in one process)
     progress: called after every optimizer step with (steps done, steps planned or None)
+    unhurried: whether deadlines are of no matter here: no clock decides what a simulation's result is
     Raises OpeningClosed where the round went on meanwhile, SiteStateLost, ResolveError, and whatever the training raises.
     """
     root = store or ObjectStore(config.store, config.store_options)
@@ -90,11 +92,12 @@ def site_step(
         raise SiteError("this site is not in the round's cohort", run=work.run, round=work.round, site=config.name)
     states = _States(ObjectStore(config.state), plan)
     with states.lock(config.name):
-        found = _sent(journal, plan, config.name)
+        found = _sent(journal, plan, opening, config.name)
         if found is not None:
             return found
-        closes = _ClosingWatch(journal, plan, opening, recipe.durations.heartbeat)
-        closes.check()
+        closes = None if unhurried else _ClosingWatch(journal, plan, opening, recipe.durations.heartbeat)
+        if closes:
+            closes.check()
         started = time.monotonic()
 
         def build() -> nn.Module:
@@ -102,7 +105,8 @@ def site_step(
 
         def on_step(done: int, planned: int | None) -> None:
             progress(done, planned)
-            closes.step()
+            if closes:
+                closes.step()
 
         training = LocalTrainer(
             model=model or build,
@@ -113,7 +117,7 @@ def site_step(
         )
         update, state = _run_algorithm(recipe.algorithm, root, plan, config.name, recipe.seed, states, training)
         update = replace(update, attempt=work.attempt)
-        return _send(journal, plan, work, update, state, states, time.monotonic() - started)
+        return _send(journal, plan, opening, work, update, state, states, time.monotonic() - started)
 
 
 def _plan_of(journal: Journal, work: SiteWork) -> tuple[Plan, Opening]:
@@ -137,10 +141,10 @@ def _workload(recipe: Recipe, config: SiteConfig, journal: Journal) -> Any:
     return check_workload(call(found, args, field="workload.args", site=config.name, sites=journal.sites()), "workload")
 
 
-def _sent(journal: Journal, plan: Plan, site: str) -> UpdateManifest | None:
-    """This site's update for this plan, if it was sent before."""
+def _sent(journal: Journal, plan: Plan, opening: Opening, site: str) -> UpdateManifest | None:
+    """This site's update for this plan, if it was sent before and was not rejected."""
     for key in journal.store.list(journal.inbox(site, plan.round, plan.phase)):
-        if key.endswith(".json"):
+        if key.endswith(".json") and key not in opening.rejected:
             with contextlib.suppress(ValueError, ObjectMissing):
                 manifest = UpdateManifest.from_bytes(journal.store.get(key))
                 if manifest.plan == plan.digest():
@@ -170,10 +174,18 @@ def _run_algorithm(
 
 
 def _send(
-    journal: Journal, plan: Plan, work: SiteWork, update: Update, state: Any, states: _States, seconds: float
+    journal: Journal,
+    plan: Plan,
+    opening: Opening,
+    work: SiteWork,
+    update: Update,
+    state: Any,
+    states: _States,
+    seconds: float,
 ) -> UpdateManifest:
-    """Objects, site state, manifest: in this order."""
+    """Objects, site state, manifest: in this order. What was rejected before is sent under another key, to be judged anew."""
     prefix = journal.inbox(update.site, plan.round, plan.phase)
+    again = any(key.startswith(f"{prefix}/") for key in opening.rejected)
     record = write_state(states.store, f"{states.prefix}/objects", state)
     keeps = bool(record.tensors or record.scalars)
     manifest = UpdateManifest(
@@ -187,7 +199,7 @@ def _send(
         examples=update.examples,
         steps=update.steps,
         lr_sum=update.lr_sum,
-        groups={group: write_tensors(journal.store, prefix, tensors) for group, tensors in update.tensors.items()},
+        groups={g: write_tensors(journal.store, prefix, t, heal=again) for g, t in update.tensors.items()},
         scalars=dict(update.scalars),
         metrics=finite(update.metrics),
         state=record.digest() if keeps else None,
@@ -201,8 +213,11 @@ def _send(
     digest = manifest.update_digest()
     if keeps:
         states.write(SiteStateRecord(update=digest, round=plan.round, phase=plan.phase, state=record))
+    key = f"{prefix}/{digest.partition(':')[2]}.json"
+    if key in opening.rejected:
+        key = f"{key.removesuffix('.json')}-{opening.number}.json"
     with contextlib.suppress(ObjectExists):  # a zombie of this very attempt was quicker: its bytes are the same
-        journal.store.put(f"{prefix}/{digest.partition(':')[2]}.json", manifest.to_bytes())
+        journal.store.put(key, manifest.to_bytes())
     states.prune()
     return manifest
 
@@ -261,9 +276,14 @@ class _States:
     def lock(self, site: str) -> Iterator[None]:
         """One trainer a (run, site): a second one on this machine waits; a killed one's lock is free at once."""
         name = hashlib.blake2b(f"{self.store.url} {self.prefix} {site}".encode(), digest_size=12).hexdigest()
-        with (Path(tempfile.gettempdir()) / f"fedflow-{name}.lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        folder = Path(tempfile.gettempdir()) / f"fedflow-locks-{os.getuid()}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        handle = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
             yield
+        finally:
+            os.close(handle)
 
 
 @dataclass
@@ -310,7 +330,8 @@ def failure_of(work: SiteWork, site: str, error: BaseException) -> Failure:
 def hard_deadline(work: SiteWork, config: SiteConfig) -> Iterator[None]:
     """Kill this process, after saying why in the store, if the body outlives train_timeout or the opening's deadline.
 
-    A thread with a timer, and SIGKILL: neither a long call into C nor a handler in the training code keeps it alive.
+    A thread with a timer, and SIGKILL; should that thread not get to run, the kernel's alarm clock a little later. No
+    handler in the training code keeps it alive.
     """
     journal = Journal(ObjectStore(config.store, config.store_options), work.run)
     _, opening = _plan_of(journal, work)
@@ -328,7 +349,26 @@ def hard_deadline(work: SiteWork, config: SiteConfig) -> Iterator[None]:
     timer = threading.Timer(max(left.total_seconds(), 0.1), expire)
     timer.daemon = True
     timer.start()
+    with _alarm(timer.interval + ALARM_AFTER):
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+
+ALARM_AFTER = 30.0  # seconds that the timer's thread has to say why, before the kernel ends the process without a word
+
+
+@contextlib.contextmanager
+def _alarm(seconds: float) -> Iterator[None]:
+    """SIGALRM, whose default action needs no interpreter: for a body in C that never lets another thread run."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
-        timer.cancel()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

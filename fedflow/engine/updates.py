@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,14 +13,18 @@ from torch import Tensor
 
 from fedflow.errors import ObjectCorrupt, ObjectMissing, StoreError, StoreUnavailable, UpdateInvalid
 from fedflow.store.journal import Journal, first_problem
-from fedflow.store.objects import ObjectRef
+from fedflow.store.objects import CHUNK_SIZE, ObjectRef
 from fedflow.store.records import Contribution, ContributorSummary, Plan, UpdateManifest
 from fedflow.store.state import read_state
 from fedflow.store.tensors import read_spec, read_tensors
 from fedflow.tensors import cast, non_finite
-from fedflow.types import Groups, SiteId, Spec, Update
+from fedflow.types import Groups, SiteId, Spec, TensorSpec, Update
 
 __all__ = ["Checks", "Contributor", "as_update"]
+
+MOST_MANIFEST = 16 << 20  # bytes; the digests of an object of 1 TiB take 5 MiB
+MOST_METRICS = 1000
+LONGEST_NAME = 200  # characters of a metric's or a scalar's name
 
 
 def as_update(manifest: UpdateManifest, tensors: Groups) -> Update:
@@ -47,16 +51,15 @@ class Checks:
         self.journal, self.plan = journal, plan
         self.recipe = journal.recipe()
         self._spec: Spec | None = None
+        openings = journal.openings(plan)
+        self._rejected = set(openings[-1].rejected) if openings else set()
 
     def keys(self, site: SiteId) -> list[str]:
-        """Manifests of `site` that could count, oldest base first."""
+        """Manifests of `site` that could count, oldest base first; without those that did not in an earlier opening."""
         found = []
         for base in sorted(self.plan.accept_bases):
-            found += [
-                k
-                for k in self.journal.store.list(self.journal.inbox(site, base, self.plan.phase))
-                if k.endswith(".json")
-            ]
+            keys = self.journal.store.list(self.journal.inbox(site, base, self.plan.phase))
+            found += [key for key in keys if key.endswith(".json") and key not in self._rejected]
         return found
 
     @property
@@ -72,6 +75,8 @@ class Checks:
     def judge(self, site: SiteId, key: str) -> Contribution | str | None:
         """A contribution, or the reason why not; None for an update that counted in an earlier round."""
         try:
+            if (size := self.journal.store.size(key)) > MOST_MANIFEST:
+                return f"manifest: found {size} bytes, expected at most {MOST_MANIFEST}"
             update = UpdateManifest.from_bytes(self.journal.store.get(key))
             if update.update_digest() == self.plan.tasks[site].state_base:
                 return None
@@ -102,6 +107,11 @@ class Checks:
             raise UpdateInvalid(f"plan: found {update.plan}, expected {base.digest()}")
         if update.state_base != plan.tasks[site].state_base:
             raise UpdateInvalid(f"stale state: found {update.state_base}, expected {plan.tasks[site].state_base}")
+        names = [*update.metrics, *update.scalars]
+        if len(names) > MOST_METRICS or any(len(name) > LONGEST_NAME or not name.isprintable() for name in names):
+            raise UpdateInvalid(
+                f"metrics: found {len(names)} of them, expected at most {MOST_METRICS}, with printable names of at most {LONGEST_NAME} characters"
+            )
         if update.update_digest().partition(":")[2] not in key:
             raise UpdateInvalid(f"digest: found {update.update_digest()}, expected the one that names {key}")
 
@@ -122,7 +132,9 @@ class Checks:
         for group, ref in update.groups.items():
             if not ref.key.startswith(own):
                 raise UpdateInvalid(f"{group}: found an object outside {own}: {ref.key}")
-            found, expected = read_spec(self.journal.store, ref), self.spec[group]
+            expected = self.spec[group]
+            self._check_size(group, ref, expected)
+            found = read_spec(self.journal.store, ref)
             missing = [] if self.recipe.algorithm.partial_updates else sorted(expected.keys() - found.keys())
             extra = sorted(found.keys() - expected.keys())
             if missing or extra:
@@ -130,6 +142,15 @@ class Checks:
             for name, spec in found.items():
                 if spec != expected[name]:
                     raise UpdateInvalid(f"{group}/{name}: found {spec}, expected {expected[name]}")
+
+    def _check_size(self, group: str, ref: ObjectRef, expected: Mapping[str, TensorSpec]) -> None:
+        """Nothing is read that could not be an update: a reference says how much of an object is held in memory at once."""
+        most = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in expected.values())
+        most += sum(len(name) for name in expected) + 256 * (len(expected) + 4)  # the header
+        if ref.size > most or ref.chunk_size != CHUNK_SIZE:
+            raise UpdateInvalid(
+                f"{group}: found an object of {ref.size} bytes in chunks of {ref.chunk_size}, expected at most {most} in chunks of {CHUNK_SIZE}"
+            )
 
 
 @dataclass(frozen=True)

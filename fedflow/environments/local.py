@@ -65,7 +65,9 @@ def remember(env: Any, run: str) -> None:
         "options": env.options(),
         "python_path": [p for p in sys.path if p],
     }
-    path.write_text(json.dumps(fields, indent=1))
+    half = path.with_suffix(".tmp")
+    half.write_text(json.dumps(fields, indent=1))
+    half.replace(path)
 
 
 def recalled(run: str, home: Path) -> dict[str, Any]:

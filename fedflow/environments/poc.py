@@ -268,6 +268,9 @@ class PocEnv(ProdEnv):
             args = worker.command(config.work_pool, site.name, worker.SiteWorker)
             self._spawn_worker(site.name, args, common | worker.environment(config, path))
 
+    def _await_coordinator(self, backend: object) -> None:
+        """Its worker was started a moment ago."""
+
     def _bury(self) -> None:
         """No worker runs, so no flow run does, whatever the server remembers of an earlier process that was killed."""
         with connect(self.api_url) as client:

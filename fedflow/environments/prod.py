@@ -15,12 +15,13 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterTags, Log
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.sorting import FlowRunSort, LogSort
 from prefect.exceptions import ObjectNotFound
+from prefect.states import Crashed
 
 from fedflow.engine import amend_run, start_run
 from fedflow.environments.base import DEFAULT_HOME, Run
 from fedflow.environments.local import new_run_id, remember
 from fedflow.errors import UnreachableError, UserError
-from fedflow.prefect.api import ACTIVE, OUTAGE, cancel, connect, find_runs, run_tag
+from fedflow.prefect.api import ACTIVE, OUTAGE, absence, cancel, connect, find_runs, run_tag
 from fedflow.prefect.deploy import deploy_federation, training_deployment
 from fedflow.recipe import Federation, Recipe
 from fedflow.store.journal import Journal
@@ -82,6 +83,7 @@ class ProdEnv:
         backend = _FlowRuns(self.api_url, nonce)
         handle = Run(journal.run, self.store, backend)
         remember(self, journal.run)
+        self._await_coordinator(backend)
         if backend.trainings(ACTIVE):
             return handle
         name = training_deployment(self.federation)
@@ -100,6 +102,15 @@ class ProdEnv:
             deployment.id, parameters=parameters, name=journal.run, tags=["fedflow", "training", run_tag(nonce)]
         )
         return handle
+
+    def _await_coordinator(self, backend: _FlowRuns) -> None:
+        """Raises UnreachableError where no coordinator's worker is there; then a training that seems to run does not."""
+        pool = self.federation.coordinator_pool
+        if why := absence(backend.client, pool):
+            for run in backend.trainings([StateType.RUNNING, StateType.PENDING]):
+                backend.client.set_flow_run_state(run.id, Crashed(message=why), force=True)
+            start = f"prefect worker start --pool {pool} --type fedflow-coordinator"
+            raise UnreachableError(f"Prefect: found {why}, expected the coordinator's; start it: `{start}`")
 
     def ui_command(self, run: Run) -> str | None:
         """The server is running: its URL is enough (`run.backend.ui()`)."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any
-from uuid import UUID
 
 from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
@@ -14,16 +14,16 @@ from prefect.tasks import Task, exponential_backoff
 from fedflow.engine.child import aggregate_in_child, evaluate_in_child
 from fedflow.engine.rounds import Step, next_step, open_round, survey
 from fedflow.engine.summary import summarize_round
-from fedflow.errors import QuorumLost, StoreUnwritable, UserError
+from fedflow.errors import QuorumLost, SiteError, StoreUnwritable, UserError
 from fedflow.prefect.api import absent_sites, connect
-from fedflow.prefect.artifacts import flat, publish_round
+from fedflow.prefect.artifacts import flat, publish_round, shown_if_possible
 from fedflow.prefect.dispatch import Collector, Watched, send
 from fedflow.recipe import Federation
 from fedflow.store.journal import Journal
 from fedflow.store.objects import ObjectStore
 from fedflow.store.records import Manifest, Opening, Plan
 
-AGGREGATION_RETRIES = 3
+RETRIES = 3
 
 
 def journal_of(federation: Federation, run: str) -> Journal:
@@ -39,16 +39,24 @@ def _name() -> str:
 
 
 @flow(name="fedflow-round", flow_run_name=_name, description="One federated round.", persist_result=False)
-def federated_round(run: str, round: int, federation: Federation, reopen: bool = False, why: str = "start") -> None:
+def federated_round(
+    run: str,
+    round: int,
+    federation: Federation,
+    reopen: bool = False,
+    why: str = "start",
+    ends: datetime | None = None,
+) -> None:
     """Hold `round` of `run` until it is committed; a committed one is left alone.
 
     reopen: under a new opening with a new deadline, keeping the updates that are there
+    ends: when the run ends at the latest
     Raises QuorumLost where it cannot be committed; whatever was committed stays.
     """
     journal, log = journal_of(federation, run), get_run_logger()
     phases = journal.recipe().algorithm.phases
     while (step := next_step(journal, journal.recipe())) and step.round == round:
-        plan, opening = plan_and_open(journal, federation, step, reopen=reopen, why=why)
+        plan, opening = plan_and_open(journal, federation, step, reopen=reopen, why=why, ends=ends)
         log.info(
             "%s: %d sites asked, quorum %d, opening %d until %s",
             step.phase,
@@ -69,13 +77,28 @@ def federated_round(run: str, round: int, federation: Federation, reopen: bool =
 
 
 # -- the steps, each idempotent ----------------------------------------------------------------------------------------
-@task(task_run_name="plan {step.phase}", cache_policy=NO_CACHE, persist_result=False)
+def _heals(task: Task[Any, Any], run: TaskRun, state: State[Any]) -> bool:
+    """Whether trying again may help: not after a lost quorum or a mistake."""
+    error = state.result(raise_on_failure=False)
+    return not isinstance(error, (QuorumLost, SiteError, UserError, StoreUnwritable))
+
+
+@task(
+    task_run_name="plan {step.phase}",
+    cache_policy=NO_CACHE,
+    persist_result=False,
+    retries=RETRIES,
+    retry_delay_seconds=exponential_backoff(2),
+    retry_jitter_factor=0.5,
+    retry_condition_fn=_heals,
+)
 def plan_and_open(
-    journal: Journal, federation: Federation, step: Step, *, reopen: bool, why: str
+    journal: Journal, federation: Federation, step: Step, *, reopen: bool, why: str, ends: datetime | None
 ) -> tuple[Plan, Opening]:
     """Plan, once; then an opening."""
     with connect() as client:
-        return open_round(journal, step, absent=absent_sites(client, federation), reopen=reopen, why=why)
+        absent = absent_sites(client, federation, journal.sites())
+        return open_round(journal, step, absent=absent, reopen=reopen, why=why, ends=ends)
 
 
 def dispatch_all(journal: Journal, plan: Plan, opening: Opening) -> dict[str, Watched]:
@@ -87,9 +110,15 @@ def dispatch_all(journal: Journal, plan: Plan, opening: Opening) -> dict[str, Wa
     for a in journal.attempts(plan):
         if a.opening == opening.number:
             sent[a.site] = max(sent[a.site], a.attempt)
-    attempts = {site: sent.get(site, 1) for site in sites}
-    runs: dict[str, UUID] = {site: dispatch(journal, plan, opening, site, n) for site, n in attempts.items()}  # type: ignore[misc]
-    return {site: Watched(attempts[site], run) for site, run in runs.items()}
+    return {site: _sent_to(journal, plan, opening, site, sent.get(site, 1)) for site in sites}
+
+
+def _sent_to(journal: Journal, plan: Plan, opening: Opening, site: str, attempt: int) -> Watched:
+    """The site's flow run; or why there is none, which is that site's matter and not the round's."""
+    try:
+        return Watched(attempt, dispatch(journal, plan, opening, site, attempt))  # type: ignore[arg-type]
+    except SiteError as error:
+        return Watched(attempt, None, gone=error.reason)
 
 
 @task(
@@ -99,6 +128,7 @@ def dispatch_all(journal: Journal, plan: Plan, opening: Opening) -> dict[str, Wa
     retries=2,
     retry_delay_seconds=exponential_backoff(2),
     retry_jitter_factor=0.5,
+    retry_condition_fn=_heals,
 )
 def dispatch(journal: Journal, plan: Plan, opening: Opening, site: str, attempt: int) -> Any:
     """Start the site's flow run; returns its id at once."""
@@ -124,16 +154,10 @@ def collect(journal: Journal, plan: Plan, opening: Opening, sites: dict[str, Wat
         log.warning("%s does not count: %s", site, reason)
 
 
-def _heals(task: Task[Any, Any], run: TaskRun, state: State[Any]) -> bool:
-    """Whether trying again may help: not after a lost quorum or a mistake."""
-    error = state.result(raise_on_failure=False)
-    return not isinstance(error, (QuorumLost, UserError, StoreUnwritable))
-
-
 @task(
     cache_policy=NO_CACHE,
     persist_result=False,
-    retries=AGGREGATION_RETRIES,
+    retries=RETRIES,
     retry_delay_seconds=exponential_backoff(2),
     retry_jitter_factor=0.5,
     retry_condition_fn=_heals,
@@ -155,7 +179,7 @@ def aggregate(journal: Journal, federation: Federation, plan: Plan, opening: Ope
 @task(
     cache_policy=NO_CACHE,
     persist_result=False,
-    retries=AGGREGATION_RETRIES,
+    retries=RETRIES,
     retry_delay_seconds=exponential_backoff(2),
     retry_jitter_factor=0.5,
     retry_condition_fn=_heals,
@@ -182,5 +206,6 @@ def publish(journal: Journal, manifest: Manifest) -> None:
         summarize_round(journal, manifest.round, manifest.phase),
         journal.plan(manifest.round, manifest.phase),
     )
-    publish_round(journal.run, journal.recipe(), summary, asked=len(plan.tasks) if plan else 0)
+    with shown_if_possible():
+        publish_round(journal.run, journal.recipe(), summary, asked=len(plan.tasks) if plan else 0)
     get_run_logger().info("committed %s: %s", manifest.model_digest, flat(summary.shown))

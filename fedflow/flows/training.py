@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from datetime import datetime
 from typing import Any
 from uuid import UUID
 
@@ -12,9 +13,10 @@ from prefect.client.schemas.objects import FlowRun, State
 from fedflow.engine.child import warm_up
 from fedflow.engine.rounds import amend_run, next_step, recording_outcome, start_run
 from fedflow.engine.summary import summarize
-from fedflow.flows.round import federated_round, journal_of
+from fedflow.errors import RoundError
+from fedflow.flows.round import evaluate, federated_round, journal_of
 from fedflow.prefect.api import absent_sites, cancel, connect, find_runs, run_tag, training_tag
-from fedflow.prefect.artifacts import publish_progress, publish_report
+from fedflow.prefect.artifacts import Progress, publish_report, shown_if_possible
 from fedflow.prefect.deploy import TRAINING_FLOW
 from fedflow.recipe import Federation, Recipe
 from fedflow.store.journal import Journal
@@ -29,7 +31,7 @@ def _run_id() -> str:
 def _named(parameters: dict[str, Any], flow_run_id: object) -> str:
     recipe = parameters["recipe"]
     name = recipe.name if isinstance(recipe, Recipe) else recipe["name"]
-    return str(parameters.get("run_id") or f"{name}-{str(flow_run_id)[:8]}")
+    return str(parameters.get("run_id") or f"{name[:54]}-{str(flow_run_id)[:8]}")
 
 
 def _stop_children(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any]) -> None:
@@ -69,27 +71,56 @@ def training(recipe: Recipe, federation: Federation, run_id: str | None = None) 
         recording_outcome(journal),
         tags("fedflow", run_tag(journal.record().nonce), training_tag(runtime.flow_run.id)),
     ):
-        resumed = runtime.flow_run.run_count == 1  # a retry of this very flow run continues its opening
+        resumed = not is_retry()
+        ends = end_of(journal.recipe())
         warm_up(*recipe.server_modules())
         sweep_orphans(journal)
         wait_for_sites(journal, federation)
-        progress = None
+        catch_up(journal, federation)
+        progress = Progress(run)
         while step := next_step(journal, journal.recipe()):
-            progress = publish_progress(run, journal.recipe(), step.round, progress)
-            federated_round(run, step.round, federation, reopen=resumed, why="resume" if resumed else "start")
+            if ends is not None and utc_now() >= ends:
+                raise RoundError(
+                    f"run_timeout passed before round {step.round}; give the run longer and resume", run=run
+                )
+            progress.show(journal.recipe(), step.round)
+            with tags(f"round:{step.round}"):
+                why = "resume" if resumed else "start"
+                federated_round(run, step.round, federation, reopen=resumed, why=why, ends=ends)
             resumed = False
-        publish_progress(run, journal.recipe(), journal.recipe().rounds, progress)
+        progress.show(journal.recipe(), journal.recipe().rounds)
         summary = summarize(journal)
-        publish_report(summary)
+        with shown_if_possible():
+            publish_report(summary)
         log.info("finished after %d rounds: %s", len(summary.rounds), summary.model_digest)
 
 
 def begin(recipe: Recipe, federation: Federation, run: str) -> Journal:
-    """The run's journal: begun, or found and amended."""
+    """The run's journal: begun, or found and amended. A retry of this very flow run asks for nothing new."""
     place = journal_of(federation, run)
+    if is_retry():
+        return place
     journal = start_run(place.store, run, recipe, federation.names)
     amend_run(journal, recipe, sites=federation.names)
     return journal
+
+
+def is_retry() -> bool:
+    """Whether this flow run was started before: by its own retries, or by the button in the UI."""
+    return bool(runtime.flow_run.run_count > 1)
+
+
+def end_of(recipe: Recipe) -> datetime | None:
+    """When this start of the run ends at the latest."""
+    return utc_now() + recipe.timeouts.run_timeout if recipe.timeouts.run_timeout else None
+
+
+def catch_up(journal: Journal, federation: Federation) -> None:
+    """Evaluate the newest round, where a coordinator was killed right after its commit."""
+    phases = journal.recipe().algorithm.phases
+    head = journal.head(phases)
+    if head is not None and head.phase == phases[-1]:
+        evaluate(journal, federation, head)
 
 
 def mark_as_training(journal: Journal) -> None:
@@ -101,13 +132,15 @@ def mark_as_training(journal: Journal) -> None:
 
 
 def sweep_orphans(journal: Journal) -> None:
-    """Stop what an earlier coordinator of this run left running for rounds that are over."""
+    """Stop what earlier coordinators of this run, which have ended, left running for rounds that are over."""
     step = next_step(journal, journal.recipe())
+    current = f"round:{step.round}" if step else ""
     with connect() as client:
         ours = find_runs(client, run_tag(journal.record().nonce))
-        dead = [r for r in ours if r.deployment_id is None or any(tag.startswith("round:") for tag in r.tags)]
-        current = f"round:{step.round}" if step else ""
-        cancel(client, [r for r in dead if current not in r.tags], "left over from an earlier start")
+        alive = {training_tag(r.id) for r in ours if "training" in r.tags} - {training_tag(runtime.flow_run.id)}
+        rounds = [r for r in ours if any(tag.startswith("round:") for tag in r.tags)]
+        dead = [r for r in rounds if r.deployment_id is None or current not in r.tags]
+        cancel(client, [r for r in dead if not alive & set(r.tags)], "left over from an earlier start")
 
 
 def wait_for_sites(journal: Journal, federation: Federation) -> None:
@@ -116,7 +149,7 @@ def wait_for_sites(journal: Journal, federation: Federation) -> None:
     until = time.monotonic() + journal.recipe().wait_for_sites.total_seconds()
     told: set[str] = set()
     with connect() as client:
-        while (absent := absent_sites(client, federation)) and time.monotonic() < until:
+        while (absent := absent_sites(client, federation, journal.sites())) and time.monotonic() < until:
             for site in sorted(absent.keys() - told):
                 log.info("waiting for %s: %s", site, absent[site])
             told |= absent.keys()

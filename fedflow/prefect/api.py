@@ -26,7 +26,18 @@ from fedflow.recipe import Federation
 from fedflow.store.records import utc_now
 from fedflow.types import SiteId
 
-__all__ = ["ACTIVE", "OUTAGE", "absent_sites", "cancel", "connect", "find_runs", "read_runs", "run_tag", "training_tag"]
+__all__ = [
+    "ACTIVE",
+    "OUTAGE",
+    "absence",
+    "absent_sites",
+    "cancel",
+    "connect",
+    "find_runs",
+    "read_runs",
+    "run_tag",
+    "training_tag",
+]
 
 ACTIVE = [StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.PAUSED, StateType.CANCELLING]
 OUTAGE = (httpx.HTTPError, OSError)
@@ -54,6 +65,14 @@ def connect(api_url: str | None = None, *, auth: str | None = None) -> Iterator[
             raise UnreachableError(
                 f"Prefect API: found no answer at {where} ({error}), expected a server; start it, or correct PREFECT_API_URL"
             )
+        try:
+            client.api_version()  # healthy is also who does not let us in
+        except PrefectHTTPStatusError as refusal:
+            code = refusal.response.status_code
+            fix = "set PREFECT_API_AUTH_STRING" if code in (401, 403) else "see the server's log"
+            raise UnreachableError(
+                f"Prefect API: found the answer {code} at {where}, expected access; {fix}"
+            ) from refusal
         yield client
 
 
@@ -95,20 +114,26 @@ def cancel(client: SyncPrefectClient, runs: Iterable[FlowRun], why: str, *, forc
     return names
 
 
-def absent_sites(client: SyncPrefectClient, federation: Federation) -> dict[SiteId, str]:
-    """Site -> why it cannot be asked: no pool, or no worker of it seen lately."""
-    absent = {}
+def absent_sites(client: SyncPrefectClient, federation: Federation, sites: Iterable[SiteId] = ()) -> dict[SiteId, str]:
+    """Site -> why it cannot be asked: no pool, or no worker of it seen lately. sites: others that the run knows."""
+    absent = dict.fromkeys(set(sites) - set(federation.names), "not in the federation any more")
     for site in federation.sites:
-        try:
-            workers = client.read_workers_for_work_pool(site.work_pool)
-        except PrefectHTTPStatusError as error:  # the client makes no ObjectNotFound of this one
-            if error.response.status_code != 404:
-                raise
-            absent[site.name] = f"no work pool {site.work_pool!r}"
-            continue
-        seen = [w.last_heartbeat_time for w in workers if w.last_heartbeat_time is not None]
-        if not seen:
-            absent[site.name] = f"no worker on work pool {site.work_pool!r}"
-        elif utc_now() - max(seen) > WORKER_SILENCE or all(str(w.status).endswith("OFFLINE") for w in workers):
-            absent[site.name] = f"no worker on work pool {site.work_pool!r} since {max(seen):%Y-%m-%d %H:%M:%S} UTC"
+        if why := absence(client, site.work_pool):
+            absent[site.name] = why
     return absent
+
+
+def absence(client: SyncPrefectClient, pool: str) -> str | None:
+    """Why nobody works on that pool; None where somebody does."""
+    try:
+        workers = client.read_workers_for_work_pool(pool)
+    except PrefectHTTPStatusError as error:  # the client makes no ObjectNotFound of this one
+        if error.response.status_code != 404:
+            raise
+        return f"no work pool {pool!r}"
+    seen = [w.last_heartbeat_time for w in workers if w.last_heartbeat_time is not None]
+    if not seen:
+        return f"no worker on work pool {pool!r}"
+    if utc_now() - max(seen) > WORKER_SILENCE or all(str(w.status).endswith("OFFLINE") for w in workers):
+        return f"no worker on work pool {pool!r} since {max(seen):%Y-%m-%d %H:%M:%S} UTC"
+    return None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from prefect import get_run_logger
 from prefect.artifacts import (
     create_markdown_artifact,
     create_progress_artifact,
@@ -16,7 +18,9 @@ from prefect.artifacts import (
 from fedflow.engine.summary import RoundSummary, RunSummary
 from fedflow.recipe import Recipe
 
-__all__ = ["artifact_key", "publish_progress", "publish_report", "publish_round"]
+__all__ = ["Progress", "artifact_key", "publish_report", "publish_round", "shown_if_possible"]
+
+COLUMNS = ("site", "counts", "weight", "steps", "seconds", "bytes", "attempt", "excluded because")
 
 
 def artifact_key(*parts: str) -> str:
@@ -28,7 +32,7 @@ def publish_round(run: str, recipe: Recipe, summary: RoundSummary, asked: int) -
     """One row a site: weight, steps, metrics, seconds, bytes; or why it does not count."""
     rows: list[dict[str, Any]] = []
     for site, c in summary.sites.items():
-        metrics = {name: _number(value) for name, value in c.metrics.items()}
+        metrics = {_column(name): _number(value) for name, value in c.metrics.items()}
         rows.append(
             {
                 "site": site,
@@ -53,17 +57,39 @@ def publish_round(run: str, recipe: Recipe, summary: RoundSummary, asked: int) -
     )
 
 
-def publish_progress(run: str, recipe: Recipe, done: int, artifact: Any | None) -> Any:
-    """Create or update the run's progress bar; its artifact id."""
-    percent = 100.0 * done / recipe.rounds
-    if artifact is None:
-        return create_progress_artifact(
-            progress=percent,
-            key=artifact_key(run, "progress"),
-            description=f"{run}: rounds committed, of {recipe.rounds}",
-        )
-    update_progress_artifact(artifact_id=artifact, progress=percent)
-    return artifact
+def _column(metric: str) -> str:
+    """A metric's name as a column, told apart from the table's own."""
+    return f"metric {metric}" if metric in COLUMNS else metric
+
+
+@contextlib.contextmanager
+def shown_if_possible() -> Iterator[None]:
+    """What is only looked at fails no round: an API that refuses it is a warning in the log."""
+    try:
+        yield
+    except Exception as error:
+        get_run_logger().warning("the UI cannot be told: %r", error)
+
+
+class Progress:
+    """A run's progress bar in the UI."""
+
+    def __init__(self, run: str) -> None:
+        self.run = run
+        self._artifact: Any | None = None
+
+    def show(self, recipe: Recipe, done: int) -> None:
+        """`done` rounds of the recipe's are committed."""
+        percent = 100.0 * done / recipe.rounds
+        with shown_if_possible():
+            if self._artifact is not None:
+                update_progress_artifact(artifact_id=self._artifact, progress=percent)
+                return
+            self._artifact = create_progress_artifact(
+                progress=percent,
+                key=artifact_key(self.run, "progress"),
+                description=f"{self.run}: rounds committed, of {recipe.rounds}",
+            )
 
 
 def publish_report(summary: RunSummary) -> None:
@@ -88,12 +114,15 @@ def report(summary: RunSummary) -> str:
         lines += ["", f"Best {name}: **{_number(values[summary.best])}** in round {summary.best}."]
     lines += ["", f"| round | {name} | other metrics | sites | seconds | excluded |", "|---|---|---|---|---|---|"]
     for r, value in zip(summary.rounds, values, strict=True):
-        others = ", ".join(f"{n} {_number(v)}" for n, v in r.shown.items() if n != name)
-        why = (
-            "; ".join(f"{site}: {reason}" for site, reason in r.excluded.items()).replace("|", "\\|").replace("\n", " ")
-        )
+        others = _cell(", ".join(f"{n} {_number(v)}" for n, v in r.shown.items() if n != name))
+        why = _cell("; ".join(f"{site}: {reason}" for site, reason in r.excluded.items()))
         lines.append(f"| {r.round} | {_number(value)} | {others} | {len(r.sites)} | {r.seconds:.1f} | {why} |")
     return "\n".join([*lines, "", f"Model of the last round: `{summary.model_digest}`"])
+
+
+def _cell(text: str) -> str:
+    """Text as one cell of a Markdown table."""
+    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def sparkline(values: list[float | None]) -> str:

@@ -16,7 +16,7 @@ from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
 
 from fedflow.engine.rounds import Survey, close_round, is_quorate, may_close, survey
-from fedflow.errors import FedflowError, StoreUnavailable
+from fedflow.errors import SiteError, StoreUnavailable
 from fedflow.prefect.api import OUTAGE, cancel, read_runs, run_tag, training_tag
 from fedflow.recipe import MAX_BACKOFF, Recipe, backoff
 from fedflow.store.journal import Journal
@@ -28,12 +28,15 @@ __all__ = ["SITE_FLOW", "Collector", "send"]
 SITE_FLOW = "fedflow-site"
 """Name of the flow that runs at a site; each site has one deployment of it, named like the site."""
 
+STORE_PATIENCE = timedelta(minutes=10)
+"""How long after its deadline a round waits for a store that does not answer."""
+
 
 def send(journal: Journal, plan: Plan, opening: Opening, site: SiteId, attempt: int, *, training: str | None) -> UUID:
     """Have `site` start attempt `attempt`; its flow run's id. Journalled first, and sent once however often it is called."""
     key = f"{plan.nonce}/{plan.round}/{opening.number}/{plan.phase}/{site}/{attempt}"
-    known = any(a.opening == opening.number and a.site == site and a.attempt == attempt for a in journal.attempts(plan))
-    journal.put_attempt(plan, Attempt(opening=opening.number, site=site, attempt=attempt, key=key, at=utc_now()))
+    wanted = Attempt(opening=opening.number, site=site, attempt=attempt, key=key, at=utc_now())
+    known = journal.put_attempt(plan, wanted) is not wanted
     try:
         run = run_deployment(
             f"{SITE_FLOW}/{site}",
@@ -53,7 +56,7 @@ def send(journal: Journal, plan: Plan, opening: Opening, site: SiteId, attempt: 
             as_subflow=not known,  # linking a run for the second time would leave a pending task run behind
         )
     except ObjectNotFound as error:
-        raise FedflowError(
+        raise SiteError(
             f"no deployment {SITE_FLOW}/{site}; run `fedflow deploy` with the federation file", site=site
         ) from error
     assert isinstance(run, FlowRun)  # called without a running event loop, it returns no coroutine
@@ -62,10 +65,10 @@ def send(journal: Journal, plan: Plan, opening: Opening, site: SiteId, attempt: 
 
 @dataclass
 class Watched:
-    """One site's newest attempt. again: when to send the next one; gone: why nothing more is expected of the site."""
+    """One site's newest attempt. run: its flow run, None where there is none; again: when to send the next one; gone: why nothing more is expected of the site."""
 
     attempt: int
-    run: UUID
+    run: UUID | None
     again: datetime | None = None
     gone: str | None = None
 
@@ -95,12 +98,15 @@ class Collector:
     def run(self) -> Closing:
         """Returns the closing. Raises QuorumLost after it is written where the quorum is not met."""
         while True:
-            self._tick()
-            if why := self._may_close():
-                closing = close_round(
-                    self.journal, self.plan, self.opening, self.found, why=why, missing=self.missing()
-                )
-                return closing
+            try:
+                self._tick()
+                if why := self._may_close():
+                    missing = self.missing()
+                    return close_round(self.journal, self.plan, self.opening, self.found, why=why, missing=missing)
+            except StoreUnavailable as error:
+                if utc_now() >= self.opening.deadline + STORE_PATIENCE:
+                    raise
+                self.log.warning("the store does not answer: %s", error)
             time.sleep(self.poll)
 
     def _tick(self) -> None:
@@ -120,7 +126,7 @@ class Collector:
         open_runs = {
             w.run: s
             for s, w in self.sites.items()
-            if w.gone is None and w.again is None and s not in self.found.answered()
+            if w.run and w.gone is None and w.again is None and s not in self.found.answered()
         }
         try:
             runs = read_runs(self.client, open_runs)
@@ -135,13 +141,9 @@ class Collector:
         return {open_runs[i]: r for i, r in runs.items() if r.state_type in _OVER}
 
     def _survey(self, sites: list[SiteId]) -> None:
-        try:
-            before = self.found
-            self.found = survey(self.journal, self.plan, sites, before)
-            self.surveyed = time.monotonic()
-        except StoreUnavailable as error:
-            self.log.warning("the store does not answer: %s", error)
-            return
+        before = self.found
+        self.found = survey(self.journal, self.plan, sites, before)
+        self.surveyed = time.monotonic()
         for site in sorted(self.found.accepted.keys() - before.accepted.keys()):
             self.log.info("%s: update accepted (%d of %d)", site, len(self.found.accepted), len(self.plan.tasks))
         for site in sorted(self.found.rejected.keys() - before.rejected.keys()):
@@ -178,7 +180,10 @@ class Collector:
             if watched.again is not None and utc_now() >= watched.again:
                 try:
                     run = send(self.journal, self.plan, self.opening, site, watched.attempt + 1, training=self.training)
-                except OUTAGE:
+                except (StoreUnavailable, *OUTAGE):
+                    continue
+                except SiteError as error:
+                    self.sites[site] = Watched(watched.attempt + 1, None, gone=error.reason)
                     continue
                 self.sites[site] = Watched(watched.attempt + 1, run)
                 self.log.info("%s: attempt %d sent", site, watched.attempt + 1)
@@ -205,7 +210,7 @@ class Collector:
     def stop_stragglers(self) -> list[str]:
         """Cancel what is still running for this opening; names of the flow runs."""
         try:
-            runs = read_runs(self.client, [w.run for w in self.sites.values()])
+            runs = read_runs(self.client, [w.run for w in self.sites.values() if w.run])
             return cancel(self.client, runs.values(), f"round {self.plan.round} closed without it")
         except OUTAGE as error:
             self.log.warning("stragglers could not be cancelled (%r); they stop by themselves at the deadline", error)

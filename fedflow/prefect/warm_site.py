@@ -4,6 +4,7 @@ Nothing here may leave a thread behind: a fork copies only the thread that forks
 when it is imported, so it is told not to; a trainer has the threads that the recipe's numerics give it (torch's own).
 """
 
+import contextlib
 import importlib
 import os
 import sys
@@ -31,13 +32,31 @@ def _preload() -> None:
     """What this site's configuration asks for; what is wrong with it is reported by the flow run, not here."""
     try:
         for module in SiteConfig.here().preload:
-            importlib.import_module(module)
+            if _leaves_threads(module):
+                print(f"{module} starts threads when it is imported: each training imports it itself", file=sys.stderr)
+            else:
+                importlib.import_module(module)
     except (FedflowError, ImportError) as error:
         print(error, file=sys.stderr)
+
+
+def _leaves_threads(module: str) -> bool:
+    """Whether a process that imports `module` has more than one thread afterwards: tried in a fork of this one."""
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException):
+            importlib.import_module(module)
+        os._exit(_threads() > 1)
+    return os.waitpid(child, 0)[1] != 0
+
+
+def _threads() -> int:
+    tasks = Path("/proc/self/task")
+    return len(list(tasks.iterdir())) if tasks.exists() else 1
 
 
 _first_use()
 _preload()
 
-if (tasks := Path("/proc/self/task")).exists() and len(list(tasks.iterdir())) > 1:
+if _threads() > 1:
     raise RuntimeError("the fork server has more than one thread; a fork of it could hang")

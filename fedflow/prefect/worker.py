@@ -84,6 +84,11 @@ class FlowWorker(BaseWorker[BaseJobConfiguration, BaseVariables, FlowWorkerResul
             task_status.started(process.pid)
         try:
             cancelled = await self._watch(process, flow_run.id)
+        except anyio.get_cancelled_exc_class():
+            with anyio.CancelScope(shield=True):
+                kill_group(process)
+                await self._propose_crashed_state(flow_run, "its worker was stopped")
+            raise
         finally:
             kill_group(process)
         cancelled = cancelled or await self._is_cancelling(flow_run.id)  # it may have ended before anybody looked

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import signal
 import sys
+from collections.abc import Iterator
 
 from fedflow.engine import simulate
 from fedflow.engine.rounds import recording_outcome
-from fedflow.errors import FedflowError
+from fedflow.errors import FedflowError, RoundAborted
 from fedflow.store.journal import Journal
 from fedflow.store.objects import ObjectStore
 
@@ -17,8 +20,9 @@ def main(spec: dict[str, object]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stdout)
     run, url = str(spec["run"]), str(spec["store"])
     journal = Journal(ObjectStore(url, spec.get("store_options")), run)  # type: ignore[arg-type]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with recording_outcome(journal):
+        with recording_outcome(journal), _stoppable():
             simulate(
                 journal.recipe(),
                 journal.sites(),
@@ -32,6 +36,14 @@ def main(spec: dict[str, object]) -> int:
         logging.getLogger("fedflow").error("%s", error)
         return 1
     return 0
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise RoundAborted("stopped") from None
 
 
 if __name__ == "__main__":

@@ -265,14 +265,19 @@ class ObjectStore:
         with self._errors("delete", self._checked(key)), suppress(FileNotFoundError):
             self._backend.delete(key)
 
-    def write(self, prefix: str, data: Data, suffix: str = "", *, chunk_size: int = CHUNK_SIZE) -> ObjectRef:
-        """Store `data` as `prefix`/<digest><suffix>. Idempotent: an object of that name and size is not sent again."""
+    def write(
+        self, prefix: str, data: Data, suffix: str = "", *, chunk_size: int = CHUNK_SIZE, heal: bool = False
+    ) -> ObjectRef:
+        """Store `data` as `prefix`/<digest><suffix>. Idempotent: an object of that name and size is not sent again.
+
+        heal: unless it is damaged, for which it is read
+        """
         measured = _measure(data, chunk_size)
         name = f"{measured[1].removeprefix('blake3:')}{suffix}"
         ref = ObjectRef(f"{prefix}/{name}" if prefix else name, *measured)
         try:
-            there = self.size(ref.key) == ref.size
-        except ObjectMissing:
+            there = self.size(ref.key) == ref.size and (not heal or bool(self.read(ref)) or not ref.size)
+        except (ObjectMissing, ObjectCorrupt):
             there = False
         if not there:
             self.put(ref.key, data, mode="overwrite")

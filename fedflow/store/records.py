@@ -134,6 +134,7 @@ class Opening(_Record):
     """`…/open/<k>.json`: the k-th attempt (from 1) to hold the round, with its absolute deadline.
 
     quorum, required: updates, and sites among them, without which it does not close; a resume may have changed them
+    rejected: keys of manifests that did not count in earlier openings and are not looked at again
     """
 
     number: int
@@ -142,6 +143,7 @@ class Opening(_Record):
     why: str
     quorum: int
     required: list[SiteId] = []
+    rejected: list[str] = []
 
 
 class Attempt(_Record):

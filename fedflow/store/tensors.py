@@ -26,10 +26,13 @@ _DTYPES: dict[str, torch.dtype] = {
 _MAX_HEADER = 100 * 1024 * 1024  # the format's own limit
 
 
-def write_tensors(store: ObjectStore, prefix: str, tensors: Tensors) -> ObjectRef:
-    """Write `tensors` as one object below `prefix`. The same tensors give the same bytes, and are written once."""
+def write_tensors(store: ObjectStore, prefix: str, tensors: Tensors, *, heal: bool = False) -> ObjectRef:
+    """Write `tensors` as one object below `prefix`. The same tensors give the same bytes, and are written once.
+
+    heal: and once more where they are damaged
+    """
     data = save({name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())})
-    return store.write(prefix, data, ".safetensors")
+    return store.write(prefix, data, ".safetensors", heal=heal)
 
 
 def read_tensors(store: ObjectStore, ref: ObjectRef, names: Iterable[str] | None = None) -> dict[str, Tensor]:

@@ -235,6 +235,7 @@ def test_absent_sites_are_planned_around_and_named(tmp_path: Path) -> None:
     ("fields", "told"),
     [
         ({"required_sites": ["site-2"]}, r"required sites are absent: site-2 \(no worker\); start their workers"),
+        ({"quorum": 3}, r"found 2 sites to ask, expected at least 3 \(quorum\): site-2 \(no worker\)"),
         ({"min_sites": 3}, r"found 2 sites to ask, expected at least 3 \(min_sites\): site-2 \(no worker\)"),
     ],
 )

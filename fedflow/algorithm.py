@@ -60,6 +60,11 @@ class LocalResult:
     metrics: Mapping[str, float] = field(default_factory=dict)
     numerics: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def groups(self) -> Groups:
+        """The model after training."""
+        return {"params": self.params, "frozen": self.frozen, "buffers": self.buffers}
+
     def update(self, ctx: RoundContext, tensors: Groups, scalars: Mapping[str, float] | None = None) -> Update:
         """This result as the update of `ctx.site`, with `tensors` as its payload."""
         assert ctx.site is not None
@@ -153,6 +158,11 @@ class Algorithm(BaseModel):
     SiteState: ClassVar[type[Any]] = NoState
     """C: the same for a site's memory."""
 
+    # -- before a run
+    def objections(self, training: Any) -> list[str]:
+        """What speaks against this local training (the recipe's, or a site's): each names the field and the fix."""
+        return []
+
     # -- at the server
     def init(self, model: Groups) -> Any:
         """S before round 0, from the initial model's groups "params", "frozen", "buffers"."""
@@ -176,6 +186,11 @@ class Algorithm(BaseModel):
     def weight(self, update: Update) -> float:
         """The weight of `update` (its tensors may be absent). Not finite or not positive: the update is excluded."""
         raise NotImplementedError
+
+    @property
+    def measures(self) -> bool:
+        """Whether `measure` is to be called: it reads every update once more."""
+        return type(self).measure is not Algorithm.measure
 
     def measure(self, updates: Iterable[Update], ctx: RoundContext) -> Tensors:
         """A global figure over all updates before `aggregate`, additive over buckets of names; `ctx.measured` there."""
@@ -214,11 +229,15 @@ class Schedule(BaseModel):
 def weighted_mean(updates: Iterable[Update], weight: Callable[[Update], float]) -> Aggregate:
     """The weighted mean of every group over the fixed tree of `WeightedMean`, in float64, one update in memory."""
     means: dict[str, WeightedMean] = {}
+    scalars: dict[str, float] = {}
     total, metrics = 0.0, {}
     for update in updates:
         w = weight(update)
         for group, tensors in update.tensors.items():
             means.setdefault(group, WeightedMean()).add(tensors, w)
+        for name, value in update.scalars.items():
+            scalars[name] = scalars.get(name, 0.0) + w * value
         total += w
         metrics[update.site] = dict(update.metrics)
-    return Aggregate({group: mean.means() for group, mean in means.items()}, total, len(metrics), metrics)
+    reduced = {group: mean.means() for group, mean in means.items()}
+    return Aggregate(reduced, total, len(metrics), metrics, {name: s / total for name, s in scalars.items()})

@@ -421,9 +421,11 @@ class Recipe(_Model):
         wanted = getattr(self.schedule, "sites_per_round", None)
         if self.quorum is not None and wanted is not None and self.quorum > wanted:
             problems.append(f"quorum ({self.quorum}) must not exceed schedule.sites_per_round ({wanted}); lower quorum")
+        problems += self.algorithm.objections(self.training)
         for site in self.overrides:
             try:
-                self.training_at(site)
+                objections = self.algorithm.objections(self.training_at(site))
+                problems += [f"overrides.{site}.{why}" for why in objections]
             except ValidationError as error:
                 problems.append(f"overrides.{site}.training: {explain(error)}")
         if problems:

@@ -157,10 +157,29 @@ class _ByKind:
 
     def _form(self, kind: str) -> dict[str, Any]:
         """The JSON schema of one kind. `kind` is required with a one-value enum: a form needs it to tell them apart."""
-        form: dict[str, Any] = self.find(kind).model_json_schema()
+        schema: dict[str, Any] = self.find(kind).model_json_schema()
+        form: dict[str, Any] = _for_forms(schema, schema.get("$defs", {}))
         form["properties"]["kind"] = {"type": "string", "enum": [kind], "title": "Kind"}
         form["required"] = ["kind", *(name for name in form.get("required", []) if name != "kind")]
         return form
+
+
+def _for_forms(schema: Any, defs: Mapping[str, Any]) -> Any:
+    """`schema` without references, its choices told apart by a required `kind` of one value."""
+    if isinstance(schema, list):
+        return [_for_forms(part, defs) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if reference := schema.get("$ref"):
+        return _for_forms(
+            {**defs[reference.rpartition("/")[2]], **{k: v for k, v in schema.items() if k != "$ref"}}, defs
+        )
+    found = {k: _for_forms(v, defs) for k, v in schema.items() if k not in ("$defs", "discriminator")}
+    properties = found.get("properties", {})
+    if isinstance(kind := properties.get("kind"), dict) and "const" in kind:
+        properties["kind"] = {"type": "string", "enum": [kind["const"]], "title": "Kind"}
+        found["required"] = ["kind", *(name for name in found.get("required", []) if name != "kind")]
+    return found
 
 
 _algorithms = _ByKind(Algorithm, "algorithms", algorithms)

@@ -57,7 +57,7 @@ def test_it_settles_at_the_optimum_of_the_sum_where_fedavg_does_not() -> None:
             game.play()
         found.append(game.x.item())
     optimum = sum(a * b for a, b in sites.values()) / sum(a for a, _ in sites.values())
-    assert found[0] == pytest.approx(optimum, abs=1e-6)
+    assert found[0] == pytest.approx(optimum, abs=1e-4)
     assert abs(found[1] - optimum) > 0.1
 
 

@@ -188,6 +188,11 @@ class Algorithm(BaseModel):
         raise NotImplementedError
 
     @property
+    def least_updates(self) -> int:
+        """The fewest updates that a round can be made of; a smaller quorum is refused before any training."""
+        return 1
+
+    @property
     def measures(self) -> bool:
         """Whether `measure` is to be called: it reads every update once more."""
         return type(self).measure is not Algorithm.measure

@@ -440,6 +440,12 @@ class Recipe(_Model):
         wanted = getattr(self.schedule, "sites_per_round", None)
         if self.quorum is not None and wanted is not None and self.quorum > wanted:
             problems.append(f"quorum ({self.quorum}) must not exceed schedule.sites_per_round ({wanted}); lower quorum")
+        least = self.algorithm.least_updates
+        for field, given in (("quorum", self.quorum), ("schedule.sites_per_round", wanted)):
+            if given is not None and given < least:
+                problems.append(
+                    f"{field} ({given}) must be at least {least}, which algorithm.reduction needs; raise it"
+                )
         problems += self.algorithm.objections(self.training)
         for site in self.overrides:
             try:

@@ -6,16 +6,17 @@ site i; S: the contributors; pᵢ = wᵢ / Σ w over S.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from fedflow.algorithm import Algorithm, LocalResult, NoState, Training
+from fedflow.algorithm import Algorithm, LocalResult, NoState, Training, weighted_mean
+from fedflow.algorithms.robust import AnyReduction, Mean, figures, reduced
 from fedflow.errors import RecipeError, field_error
 from fedflow.tensors import cast, interpolate
 from fedflow.types import Aggregate, Groups, RoundContext, SiteId, Spec, Tensors, TensorSpec, Update, spec_of
@@ -71,6 +72,17 @@ class Averaging(Algorithm):
     """Patterns of names ("head.*", "*.bn.*") of tensors that stay at their site: never sent, kept in its state. None in the
     papers of the algorithms; BatchNorm in FedBN (arXiv:2102.07623), the head in FedPer (1912.00818) and FedRep (2102.07078)."""
 
+    reduction: AnyReduction = Mean()
+    """How the model's tensors become one: the papers' mean, or a robust reduction against sites that send what harms."""
+
+    @model_validator(mode="after")
+    def _reducible(self) -> Self:
+        if self.reduction.measured == "norms" and self.transfer != "delta":
+            raise ValueError(
+                f"reduction: {self.reduction.kind} needs differences; set transfer: delta (found {self.transfer})"
+            )
+        return self
+
     @property
     def SiteState(self) -> type[Any]:  # type: ignore[override]
         """Nothing is kept at a site unless something is personal."""
@@ -109,6 +121,22 @@ class Averaging(Algorithm):
 
     def weight(self, update: Update) -> float:
         return 1.0
+
+    @property
+    def least_updates(self) -> int:
+        return self.reduction.least()
+
+    @property
+    def measures(self) -> bool:
+        return self.reduction.measured != "nothing"
+
+    def measure(self, updates: Iterable[Update], ctx: RoundContext) -> Tensors:
+        return figures(self.reduction, updates)
+
+    def aggregate(self, updates: Iterable[Update], ctx: RoundContext) -> Aggregate:
+        if isinstance(self.reduction, Mean):
+            return weighted_mean(updates, self.weight)
+        return reduced(self.reduction, updates, self.weight, ctx.measured)
 
     # -- site
     def init_site(self, broadcast: Groups, work: Training, ctx: RoundContext) -> Any:

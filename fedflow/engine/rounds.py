@@ -281,6 +281,13 @@ def _make_plan(journal: Journal, recipe: Recipe, step: Step, absent: Mapping[Sit
             run=journal.run,
             round=step.round,
         )
+    if quorum < algorithm.least_updates:
+        raise QuorumLost(
+            f"found a quorum of {quorum}, expected at least the {algorithm.least_updates} updates that the algorithm needs "
+            f"(algorithm.reduction): {_named(sorted(absent), absent)}; start more sites, or choose a reduction that needs fewer",
+            run=journal.run,
+            round=step.round,
+        )
     least = max(recipe.min_sites, min(quorum, 1))
     if len(tasks) < least:
         raise QuorumLost(

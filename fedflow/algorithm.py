@@ -33,6 +33,7 @@ __all__ = [
     "NoState",
     "Schedule",
     "Training",
+    "Transform",
     "weighted_mean",
 ]
 
@@ -187,6 +188,10 @@ class Algorithm(BaseModel):
         """The weight of `update` (its tensors may be absent). Not finite or not positive: the update is excluded."""
         raise NotImplementedError
 
+    def decode(self, update: Update, state: Any, phase: str) -> Update:
+        """`update` as `measure` and `aggregate` read it, whatever part of it and of `state` is there."""
+        return update
+
     @property
     def least_updates(self) -> int:
         """The fewest updates that a round can be made of; a smaller quorum is refused before any training."""
@@ -217,6 +222,44 @@ class Algorithm(BaseModel):
     def site_update(self, broadcast: Groups, site_state: Any, work: Any, ctx: RoundContext) -> tuple[Update, Any]:
         """The site's part of `ctx.phase`: its update, and C if that update is accepted."""
         raise NotImplementedError
+
+
+class Transform(BaseModel):
+    """What happens to an update on its way out, undone at the server before the reduction; and to the broadcast.
+
+    Subclasses are frozen pydantic models, as algorithms are. What a site must remember lives in C, and commits with the
+    site's update. Transforms are applied in the recipe's order, and undone in the reverse one.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    kind: str
+    SiteState: ClassVar[type[Any]] = NoState
+    """C: frozen dataclass of `Tensors` and JSON scalars, a site's memory."""
+
+    def encoded(self, spec: Spec) -> Spec:
+        """What an update of `spec` becomes. Raises RecipeError, before any training, where it cannot be transformed."""
+        return spec
+
+    def init_site(self, broadcast: Groups) -> Any:
+        """C at first participation."""
+        return self.SiteState()
+
+    def at_site(self, update: Update, state: Any, ctx: RoundContext) -> tuple[Update, Any]:
+        """`update` as it is sent, and C if it is accepted."""
+        return update, state
+
+    def decode(self, update: Update, spec: Spec) -> Update:
+        """What was sent, by one site and as far as it is there, in `spec` again. Raises UpdateInvalid where it cannot be."""
+        return update
+
+    def at_broadcast(self, groups: Groups) -> Groups:
+        """The broadcast as it is sent."""
+        return groups
+
+    def at_arrival(self, groups: Groups) -> Groups:
+        """The broadcast as a site trains from it."""
+        return groups
 
 
 class Schedule(BaseModel):

@@ -27,10 +27,11 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError, core_schema
 
-from fedflow import algorithms, schedules
-from fedflow.algorithm import Algorithm, Schedule
+from fedflow import algorithms, schedules, transforms
+from fedflow.algorithm import Algorithm, Schedule, Transform
 from fedflow.errors import RecipeError, ResolveError, UserError, field_error
 from fedflow.registry import entry_point_names, load_entry_point, resolve
+from fedflow.transforms.composed import Transformed
 from fedflow.types import SiteId, canonical_json
 
 __all__ = [
@@ -80,15 +81,15 @@ def _parse_duration(value: Any) -> Any:
 Duration = Annotated[timedelta, BeforeValidator(_parse_duration), Field(gt=timedelta(0))]
 
 
-# -- algorithms and schedules by kind ----------------------------------------------------------------------------------
+# -- algorithms, schedules, transforms by kind -------------------------------------------------------------------------
 class _ByKind:
-    """A field that holds an algorithm or a schedule: `{"kind": name, hyperparameters...}`.
+    """A field that holds an algorithm, a schedule or a transform: `{"kind": name, hyperparameters...}`.
 
     The name is a built-in, an entry point of an installed package, or an import path allowed by the validation context
     (`context={"allowed_imports": [...]}`; without it any).
     """
 
-    def __init__(self, base: type[Algorithm] | type[Schedule], group: str, module: Any) -> None:
+    def __init__(self, base: type[Algorithm] | type[Schedule] | type[Transform], group: str, module: Any) -> None:
         self.base, self.group = base, group
         self.builtin: dict[str, Any] = {
             cls.model_fields["kind"].default: cls for cls in (getattr(module, name) for name in module.__all__)
@@ -184,6 +185,7 @@ def _for_forms(schema: Any, defs: Mapping[str, Any]) -> Any:
 
 _algorithms = _ByKind(Algorithm, "algorithms", algorithms)
 _schedules = _ByKind(Schedule, "schedules", schedules)
+_transforms = _ByKind(Transform, "transforms", transforms)
 
 
 # -- parts -------------------------------------------------------------------------------------------------------------
@@ -404,6 +406,8 @@ class Recipe(_Model):
     """The mathematics of a round."""
     schedule: Annotated[Any, _schedules] = schedules.Everyone()
     """Who takes part."""
+    transforms: list[Annotated[Any, _transforms]] = []
+    """What happens to updates and broadcasts on their way, in this order: compression."""
     training: LocalTraining = LocalTraining()
     """Local training at every site."""
     overrides: dict[Name, SiteOverrides] = {}
@@ -472,6 +476,12 @@ class Recipe(_Model):
     def execute(self, env: Runs[R], *, run_id: str | None = None) -> R:
         """Start this recipe in `env` and return a handle on the run at once; `env.execute(recipe)`, the other way round."""
         return env.execute(self, run_id=run_id)
+
+    @property
+    def computation(self) -> Algorithm:
+        """What the engine runs: the algorithm with its transforms."""
+        algorithm: Algorithm = self.algorithm
+        return Transformed(algorithm=algorithm, transforms=tuple(self.transforms)) if self.transforms else algorithm
 
     # -- what holds for one site
     def training_at(self, site: SiteId) -> LocalTraining:

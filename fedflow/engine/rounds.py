@@ -15,7 +15,6 @@ from datetime import datetime, timedelta
 from typing import Literal
 
 from fedflow import __version__
-from fedflow.algorithm import Algorithm
 from fedflow.engine.aggregation import aggregate_round, commit_initial
 from fedflow.engine.updates import Checks
 from fedflow.errors import (
@@ -96,7 +95,7 @@ def start_run(store: ObjectStore, run: str, recipe: Recipe, sites: Sequence[Site
         raise RunExists(
             f"run: found {run!r} with another recipe ({_differences(begun, recipe)}), expected the same; choose another --run-id"
         )
-    commit_initial(journal, recipe.algorithm, model_groups(model))
+    commit_initial(journal, recipe.computation, model_groups(model))
     return journal
 
 
@@ -259,7 +258,7 @@ def open_round(
 
 
 def _make_plan(journal: Journal, recipe: Recipe, step: Step, absent: Mapping[SiteId, str]) -> Plan:
-    algorithm: Algorithm = recipe.algorithm
+    algorithm = recipe.computation
     head = journal.head(algorithm.phases)
     assert head is not None
     view = federation_view(journal, head, absent)

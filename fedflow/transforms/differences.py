@@ -47,7 +47,7 @@ class Lossy(Transform):
     # -- one tensor
     @abstractmethod
     def parts(self, spec: TensorSpec) -> Mapping[str, TensorSpec]:
-        """Part -> what it looks like, of an encoded tensor."""
+        """Part -> what it looks like, of an encoded tensor; the same parts for every tensor."""
 
     @abstractmethod
     def encode(self, tensor: Tensor, seed: int) -> Mapping[str, Tensor]:
@@ -64,6 +64,7 @@ class Lossy(Transform):
             if group not in spec:
                 fix = "set algorithm.transfer: delta" if group == "delta" else "correct the name"
                 raise RecipeError(field_error(f"transforms.{self.kind}.groups", group, f"one of {sorted(spec)}", fix))
+            found |= {_joined(group, part): {} for part in self.parts(_ANY)}
             for name, tensor in spec[group].items():
                 for part, of_part in (self.parts(tensor) if _floating(tensor) else {"": tensor}).items():
                     found.setdefault(_joined(group, part), {})[name] = of_part
@@ -76,6 +77,7 @@ class Lossy(Transform):
         found: dict[str, dict[str, Tensor]] = {g: dict(t) for g, t in update.tensors.items() if g not in self.groups}
         lost: dict[str, Tensor] = {}
         for group in self.groups:
+            found |= {_joined(group, part): {} for part in self.parts(_ANY)}
             for name, tensor in update.tensors[group].items():
                 parts: Mapping[str, Tensor] = {"": tensor}
                 if tensor.is_floating_point():
@@ -94,22 +96,14 @@ class Lossy(Transform):
         return cast(tensor.double() + state.residual[key].double(), tensor.dtype)
 
     def decode(self, update: Update, spec: Spec) -> Update:
-        own = {
-            _joined(g, p)
-            for g in self.groups
-            for t in spec[g].values()
-            for p in (self.parts(t) if _floating(t) else {""})
-        }
+        own = {_joined(group, part) for group in self.groups for part in ("", *self.parts(_ANY))}
         found: dict[str, dict[str, Tensor]] = {g: dict(t) for g, t in update.tensors.items() if g not in own}
         for group in self.groups:
             found[group] = {}
             for name, tensor in spec[group].items():
-                names = list(self.parts(tensor)) if _floating(tensor) else [""]
-                parts = {
-                    p: update.tensors[_joined(group, p)][name]
-                    for p in names
-                    if name in update.tensors[_joined(group, p)]
-                }
+                names = list(self.parts(_ANY)) if _floating(tensor) else [""]
+                sent = {part: update.tensors.get(_joined(group, part), {}) for part in names}
+                parts = {part: tensors[name] for part, tensors in sent.items() if name in tensors}
                 if len(parts) == len(names):
                     found[group][name] = self._restored(parts, tensor, update, group, name)
         return replace(update, tensors=found)
@@ -126,6 +120,9 @@ class Lossy(Transform):
         if problem := non_finite({group: {name: tensor}}):
             raise UpdateInvalid(f"not finite once decoded by {self.kind}: {problem}", site=update.site)
         return tensor
+
+
+_ANY = TensorSpec((1,), torch.float32)
 
 
 def _floating(spec: TensorSpec) -> bool:

@@ -214,6 +214,10 @@ class Algorithm(BaseModel):
         """S after this phase. Called on a part of the names at a time; scalars must come out equal from every part."""
         raise NotImplementedError
 
+    def report(self, state: Any, updates: int) -> str | None:
+        """A line for the log about the step that made `state` of so many updates; none by default."""
+        return None
+
     # -- at a site
     def init_site(self, broadcast: Groups, work: Any, ctx: RoundContext) -> Any:
         """C at first participation."""

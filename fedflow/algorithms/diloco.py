@@ -111,6 +111,16 @@ class DiLoCo(Averaging):
         now = {n: (t.shape, wire(t.dtype)) for tensors in self.model(state).values() for n, t in tensors.items()}
         return {n: m for n, m in state.momentum.items() if now.get(n) == (m.shape, m.dtype)}
 
+    def report(self, state: DiLoCoState, updates: int) -> str:
+        stepped = dict(state.params)
+        if self.apply_outer_optimizer_to == "all_floating":
+            stepped |= {n: b for n, b in state.buffers.items() if b.is_floating_point()}
+        return (
+            f"outer step: {self.outer_optimizer}, learning rate {self.outer_learning_rate:g}, momentum {self.outer_momentum:g}, "
+            f"weighting {self.aggregation_weighting}, on {self.apply_outer_optimizer_to}; {updates} updates, "
+            f"{len(self.shared(stepped))} tensors"
+        )
+
     # -- site
     def site_update(self, broadcast: Groups, site_state: Any, work: Training, ctx: RoundContext) -> tuple[Update, Any]:
         start = self.start(broadcast, site_state)

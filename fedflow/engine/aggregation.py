@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -33,6 +34,8 @@ from fedflow.store.state import merge, read_state, restrict, tensor_fields, writ
 from fedflow.store.tensors import read_tensors, write_tensors
 from fedflow.tensors import model_digest
 from fedflow.types import Groups, RoundContext, SiteId, Tensors, Update, derive_seed
+
+_log = logging.getLogger(__name__)
 
 __all__ = ["aggregate_round", "commit_initial", "evaluate_model", "evaluate_round", "read_model"]
 
@@ -82,6 +85,8 @@ def aggregate_round(journal: Journal, plan: Plan, closing: Closing, *, bucket_by
         aggregate = algorithm.aggregate(_decoded(algorithm, part, updates, names, context), context)
         parts.append(algorithm.server_update(part, aggregate, context))
     new = merge(parts) if parts else state
+    if line := algorithm.report(new, len(updates)):
+        _log.info("run %s, round %d: %s", plan.run, plan.round, line)
     return _commit(
         journal,
         algorithm,

@@ -77,6 +77,10 @@ class Transformed(Algorithm):
     def server_update(self, state: Any, aggregate: Aggregate, ctx: RoundContext) -> Any:
         return self.algorithm.server_update(state, aggregate, ctx)
 
+    def report(self, state: Any, updates: int) -> str | None:
+        found: str | None = self.algorithm.report(state, updates)
+        return found
+
     # -- what it adds
     def broadcast(self, state: Any, phase: str) -> Groups:
         groups: Groups = self.algorithm.broadcast(state, phase)

@@ -177,6 +177,29 @@ def test_a_model_at_which_the_sites_pulls_cancel_is_fixed_once_momentum_has_died
     assert game.x.item() == pytest.approx(sum(c * b for c, b in pulls) / sum(c for c, _ in pulls), rel=1e-9)
 
 
+def test_the_outer_step_goes_through_differences_even_where_it_is_fedavg(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What takes means of positions is not called."""
+
+    def forbidden(*given: Any) -> Any:
+        raise AssertionError("the mean of the positions was taken")
+
+    for path in ("averaging.moved", "averaging.interpolate", "fedavg.moved"):
+        monkeypatch.setattr(f"fedflow.algorithms.{path}", forbidden)
+    plain = DiLoCo(outer_optimizer="sgd", outer_learning_rate=1.0)
+    new = aggregated(plain, start(torch.zeros(1)), [sent("a", torch.ones(1)), sent("b", torch.full((1,), 3.0))])
+    assert new.params["x"].item() == 2.0
+    with pytest.raises(AssertionError, match="positions"):
+        aggregated(FedAvg(), start(torch.zeros(1)), [sent("a", torch.ones(1))])
+
+
+def test_every_outer_step_is_one_line_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="fedflow"):
+        run(recipe(algorithm="diloco", rounds=2, training={"optimizer": {"lr": 0.05}}))
+    lines = [r.getMessage() for r in caplog.records if "outer step" in r.getMessage()]
+    told = "nesterov, learning rate 0.7, momentum 0.9, weighting uniform, on parameters; 3 updates, 6 tensors"
+    assert lines == [f"run run, round {round}: outer step: {told}" for round in range(2)]
+
+
 # -- which tensors -----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("scope", "expected"), [("parameters", 1.0), ("all_floating", 1.33)])
 def test_the_outer_optimizer_steps_parameters_or_all_that_is_floating(scope: Any, expected: float) -> None:

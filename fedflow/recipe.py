@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import sys
 from collections.abc import Mapping
 from datetime import timedelta
 from functools import cache
@@ -23,6 +25,7 @@ from pydantic import (
     TypeAdapter,
     ValidationError,
     ValidationInfo,
+    field_validator,
     model_validator,
 )
 from pydantic_core import PydanticCustomError, core_schema
@@ -593,8 +596,21 @@ class SiteConfig(_Model):
     """Folders added to the import path."""
     preload: list[str] = []
     """Modules that the worker imports once, before it forks a trainer: what workloads import slowly."""
+    flow: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] | None = None
+    """The flow that this site runs, "module:function", in place of fedflow's `fedflow.flows.site:local_training`: a copy of it that
+    its owner has changed, found on the python_path."""
     api_url: str | None = None
     """URL of the Prefect API. Default: the environment's."""
+
+    @field_validator("state")
+    @classmethod
+    def _absolute(cls, state: str) -> str:
+        """Found again from whatever folder the worker is started in."""
+        if "://" not in state and not Path(state).is_absolute():
+            raise ValueError(
+                f"found {state!r}, expected a URL or an absolute path; write {str(Path(state).absolute())!r}"
+            )
+        return state
 
     environment_variable: ClassVar[str] = "FEDFLOW_SITE_CONFIG"
     """Where a worker's child finds the path of this file."""
@@ -603,6 +619,17 @@ class SiteConfig(_Model):
     def load(cls, source: str | Path | Mapping[str, Any]) -> SiteConfig:
         """A site's configuration from a YAML or JSON file, or from a mapping."""
         return read_model(cls, source, "site")
+
+    @classmethod
+    def here(cls) -> SiteConfig:
+        """The configuration of the site that this process works for, its python_path being importable from now on."""
+        path = os.environ.get(cls.environment_variable)
+        if not path:
+            fix = "start the worker with `fedflow site start --config FILE`"
+            raise RecipeError(field_error(cls.environment_variable, None, "the path of the site's configuration", fix))
+        config = cls.load(path)
+        sys.path[:0] = [p for p in config.python_path if p not in sys.path]
+        return config
 
     @property
     def work_pool(self) -> str:

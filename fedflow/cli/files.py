@@ -87,10 +87,13 @@ def init(
 ) -> None:
     """Lay out a project that runs as it is.
 
-    Handwritten digits at four sites. Nothing that is there is overwritten.
+    Handwritten digits at four sites; the files of a deployment; the flows, to read or to change. Nothing that is there is
+    overwritten.
     """
     try:
         _copy(files("fedflow") / "template", folder)
+        for part in ("deployments", "flows"):
+            _copy(files("fedflow") / part, folder / part)
     except OSError as error:
         raise UserError(field_error("DIR", str(folder), "a folder that can be written", f"{error.strerror}")) from error
     recipe = folder / "recipe.yaml"

@@ -58,7 +58,7 @@ def simulate(
                 "workers", workers, "1 where workloads or model are given as objects", "name them in the recipe"
             )
         )
-    base = state or f"{objects.url}-states"
+    base = ObjectStore(state).url if state else f"{objects.url}-states"
     configs = {
         s: SiteConfig(name=s, store=objects.url, store_options=dict(store_options or {}), state=f"{base}/{s}")
         for s in workloads

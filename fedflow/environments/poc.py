@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import json
 import os
 import signal
 import socket
@@ -11,18 +13,23 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Self
+from typing import IO, Self
 
 import httpx
 import yaml
+from prefect.client.schemas.objects import StateType
+from prefect.states import Crashed
 
 from fedflow.environments.base import DEFAULT_HOME, Run
+from fedflow.environments.guard import Guard
 from fedflow.environments.local import child_environment, stop_group
 from fedflow.environments.postgres import Postgres
 from fedflow.environments.prod import ProdEnv
-from fedflow.errors import UnreachableError
+from fedflow.errors import UnreachableError, UserError, field_error
 from fedflow.prefect import worker
+from fedflow.prefect.api import connect, find_runs
 from fedflow.recipe import Federation, Recipe, SiteConfig
+from fedflow.store.objects import ObjectStore
 
 __all__ = ["PocEnv", "Server"]
 
@@ -44,6 +51,9 @@ CLIENT = {
 }
 
 
+STARTED = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
+
+
 def clean_environment(**more: str) -> dict[str, str]:
     """This process's environment for a child, without the user's own Prefect settings, with `more`."""
     paths = [p for p in (more.pop("PYTHONPATH", None), child_environment()["PYTHONPATH"]) if p]
@@ -52,30 +62,80 @@ def clean_environment(**more: str) -> dict[str, str]:
 
 
 class Server:
-    """A Prefect server on a free port of this machine, with a home of its own.
+    """A Prefect server on a free port of this machine, with a home of its own; one a home, whoever starts it first.
 
     database: "postgres" (needs the extra `poc`), "sqlite" (loses writes when many talk at once), or an SQLAlchemy URL;
               default: postgres where it is installed
     """
 
     def __init__(self, home: Path, *, port: int | None = None, database: str | None = None) -> None:
-        self.home, self.port = home, port or free_port()
+        self.home = home
         self._database = database or ("postgres" if Postgres.available() else "sqlite")
         self._postgres = Postgres(home / "postgres") if self._database == "postgres" else None
         self._url: str | None = None if self._database in ("postgres", "sqlite") else self._database
-        self.url = f"http://127.0.0.1:{self.port}/api"
         self._process: subprocess.Popen[bytes] | None = None
+        self._lock: IO[str] | None = None
+        self._guard: Guard | None = None
+        self.port = port or free_port()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/api"
+
+    @property
+    def ours(self) -> bool:
+        """Whether this process started it."""
+        return self._lock is not None
 
     def start(self, timeout: float = 120.0) -> None:
-        """Returns when it answers. Raises UnreachableError with the end of its log where it does not."""
+        """Returns when it answers; one that another process runs in this home is used. Nothing where that is done.
+
+        Raises UnreachableError, with the end of its log, where nothing answers.
+        """
+        until = time.monotonic() + timeout
+        while not self.ours and not self._lock_home():
+            if self._found_running():
+                return
+            if time.monotonic() > until:
+                raise UnreachableError(
+                    f"Prefect server: found {self.home} in use by a process that does not answer, expected a server; end it, or give another --home"
+                )
+            time.sleep(0.1)
+        if self._process is None:
+            self._launch(until)
+
+    def _lock_home(self) -> bool:
+        """Take the home for this process and its guard; False where another has it."""
         self.home.mkdir(parents=True, exist_ok=True)
+        file = (self.home / "server.lock").open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            return False
+        self._lock, self._guard = file, Guard(hold=[file.fileno()])
+        return True
+
+    def _found_running(self) -> bool:
+        """Whether the process that has the home runs a server that answers; then that is this one."""
+        with contextlib.suppress(OSError, ValueError, httpx.HTTPError):
+            owner = json.loads((self.home / "server.json").read_text())
+            os.kill(owner["pid"], 0)  # a dead one's guard still has the home for a moment
+            self.port = owner["port"]
+            return httpx.get(f"{self.url}/health", timeout=2).status_code == 200
+        return False
+
+    def _launch(self, until: float) -> None:
         log = self.home / "server.log"
         args = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(self.port)]
         if self._postgres is not None and self._url is None:
             self._url = self._postgres.start()
+            assert self._postgres.process is not None
+            self.watch(self._postgres.process, signal.SIGINT)
         url = {"PREFECT_SERVER_DATABASE_CONNECTION_URL": self._url} if self._url else {}
         self._process = _spawn(args, log, clean_environment(**self.environment(), **SERVER, **url))
-        until = time.monotonic() + timeout
+        self.watch(self._process)
+        (self.home / "server.json").write_text(json.dumps({"pid": os.getpid(), "port": self.port}))
         while time.monotonic() < until and self._process.poll() is None:
             with contextlib.suppress(httpx.HTTPError):
                 if httpx.get(f"{self.url}/health", timeout=2).status_code == 200:
@@ -83,8 +143,18 @@ class Server:
             time.sleep(0.1)
         self.stop()
         raise UnreachableError(
-            f"Prefect server: found no answer at {self.url}, expected one within {timeout:g} s; its log ends:\n{_tail(log)}"
+            f"Prefect server: found no answer at {self.url}, expected one in time; its log ends:\n{_tail(log)}"
         )
+
+    def watch(self, process: subprocess.Popen[bytes], how: signal.Signals = signal.SIGKILL) -> None:
+        """Have `process` stopped should this process die."""
+        assert self._guard is not None
+        self._guard.watch(process, how)
+
+    def forget(self, process: subprocess.Popen[bytes]) -> None:
+        """`process` has ended."""
+        assert self._guard is not None
+        self._guard.forget(process)
 
     def environment(self) -> dict[str, str]:
         """Settings of everything that talks to this server."""
@@ -95,15 +165,24 @@ class Server:
         assert self._process is not None
         self._process.kill()
         self._process.wait()
+        self.forget(self._process)
+        self._process = None
 
     def stop(self) -> None:
-        """End it; nothing where it does not run."""
+        """End it; nothing where it does not run, or is another process's."""
         if self._process is not None:
             _stop(self._process)
+            self.forget(self._process)
             self._process = None
-        if self._postgres is not None:
+        if self._postgres is not None and self._postgres.process is not None:
+            postmaster = self._postgres.process
             self._postgres.stop()
+            self.forget(postmaster)
             self._url = None
+        if self._guard is not None and self._lock is not None:
+            self._guard.close()
+            self._lock.close()
+            self._guard = self._lock = None
 
     def __enter__(self) -> Self:
         self.start()
@@ -147,6 +226,9 @@ class PocEnv(ProdEnv):
         return super().execute(recipe, run_id=run_id)
 
     def resume(self, run_id: str) -> Run:
+        handle = self.attach(run_id)
+        if not self.server.ours and handle.backend.alive():
+            return handle  # another process holds it
         self.start(None)
         return super().resume(run_id)
 
@@ -155,16 +237,26 @@ class PocEnv(ProdEnv):
         return super().attach(run_id)
 
     def start_server(self) -> None:
-        """The server alone: enough to look at runs."""
-        if self.server._process is None:
-            self.server.start()
+        """The server alone: enough to look at runs. One that another process runs in this home is used."""
+        self.server.start()
+        self.api_url = self.server.url
 
     def start(self, recipe: Recipe | None) -> None:
-        """Server, deployments, one worker a site and the coordinator's; nothing where they run already."""
+        """Server, deployments, one worker a site and the coordinator's; nothing where they run already.
+
+        Raises UserError where another process runs a federation in this home.
+        """
         self.start_server()
+        if not self.server.ours:
+            expected, fix = (
+                "a folder in which no other process runs a federation",
+                "wait for it, or give another --home",
+            )
+            raise UserError(field_error("--home", str(self.home), expected, fix))
         self.deploy(recipe)
         if self._workers:
             return
+        self._bury()
         common = self.server.environment() | self.environment
         self._spawn_worker(
             "coordinator",
@@ -176,8 +268,16 @@ class PocEnv(ProdEnv):
             args = worker.command(config.work_pool, site.name, worker.SiteWorker)
             self._spawn_worker(site.name, args, common | worker.environment(config, path))
 
+    def _bury(self) -> None:
+        """No worker runs, so no flow run does, whatever the server remembers of an earlier process that was killed."""
+        with connect(self.api_url) as client:
+            for run in find_runs(client, "fedflow", states=STARTED):
+                client.set_flow_run_state(run.id, Crashed(message="its federation was killed"), force=True)
+
     def _spawn_worker(self, name: str, args: list[str], env: dict[str, str]) -> None:
-        self._workers.append(_spawn(args, self.home / "logs" / f"worker-{name}.log", clean_environment(**env)))
+        process = _spawn(args, self.home / "logs" / f"worker-{name}.log", clean_environment(**env))
+        self.server.watch(process)
+        self._workers.append(process)
 
     def _site_config(self, name: str, recipe: Recipe | None) -> tuple[SiteConfig, Path]:
         site = next(s for s in self.federation.sites if s.name == name)
@@ -189,7 +289,7 @@ class PocEnv(ProdEnv):
             pool=site.work_pool,
             store=self.federation.store,
             store_options=self.federation.store_options,
-            state=site.state or str(folder / "state"),
+            state=ObjectStore(site.state or str(folder / "state")).url,
             preload=sorted({r.path.partition(":")[0] for r in (recipe.workload, recipe.model) if ":" in r.path})
             if recipe
             else [],
@@ -212,6 +312,7 @@ class PocEnv(ProdEnv):
                 os.killpg(process.pid, signal.SIGINT)
         for process in self._workers:
             _stop(process)
+            self.server.forget(process)
         self._workers = []
         self.server.stop()
 

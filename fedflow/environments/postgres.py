@@ -119,6 +119,11 @@ class Postgres:
         if done.returncode:
             raise UnreachableError(f"PostgreSQL: {Path(command[0]).name} failed: {done.stderr.strip()[-500:]}")
 
+    @property
+    def process(self) -> subprocess.Popen[bytes] | None:
+        """The postmaster, while it runs."""
+        return self._process
+
     def stop(self) -> None:
         """A fast shutdown; nothing where it does not run."""
         if self._process is not None:

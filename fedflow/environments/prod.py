@@ -28,6 +28,10 @@ from fedflow.store.objects import ObjectStore
 
 __all__ = ["ProdEnv"]
 
+STOPPING = (
+    60.0  # seconds that workers have to stop what is aborted; a trainer whose worker is gone ends at its deadline
+)
+
 
 class ProdEnv:
     """Runs over `federation` on the Prefect server at `api_url` (default: the one that Prefect's settings name).
@@ -140,8 +144,10 @@ class _FlowRuns:
             return True  # an API that does not answer says nothing about the coordinator
 
     def abort(self) -> None:
+        until = time.monotonic() + STOPPING
         while runs := find_runs(self.client, run_tag(self.nonce)):
-            cancel(self.client, runs, "aborted")
+            late = time.monotonic() > until
+            cancel(self.client, runs, "aborted; its worker did not answer" if late else "aborted", force=late)
             time.sleep(0.5)
 
     def logs(self, site: str | None) -> Iterator[str]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import time
 
 from prefect import flow, get_run_logger
@@ -11,7 +9,7 @@ from prefect.client.schemas.objects import State
 from prefect.states import Cancelled, Completed
 
 from fedflow.engine.site import SiteWork, failure_of, hard_deadline, site_step
-from fedflow.errors import OpeningClosed, RecipeError, SiteError
+from fedflow.errors import OpeningClosed, SiteError
 from fedflow.prefect.artifacts import flat
 from fedflow.prefect.dispatch import SITE_FLOW
 from fedflow.recipe import SiteConfig
@@ -27,7 +25,7 @@ def local_training(run: str, round: int, phase: str, opening: int, attempt: int,
     traceback before the flow run fails.
     """
     log = get_run_logger()
-    config = site_config()
+    config = SiteConfig.here()
     if site != config.name:
         raise SiteError(f"site: found {site!r}, expected {config.name!r}, who I am; correct the deployment's work pool")
     work = SiteWork(run, round, phase, opening, attempt)
@@ -52,15 +50,3 @@ def local_training(run: str, round: int, phase: str, opening: int, attempt: int,
         "%d steps on %d examples in %.1f s: %s", update.steps, update.examples, update.seconds, flat(update.metrics)
     )
     return Completed(message=f"update {update.update_digest()}")
-
-
-def site_config() -> SiteConfig:
-    """This site's configuration, from the file that the worker's environment names."""
-    path = os.environ.get(SiteConfig.environment_variable)
-    if not path:
-        raise RecipeError(
-            f"{SiteConfig.environment_variable}: not set here, expected the path of the site's configuration; start the worker with `fedflow site start --config FILE`"
-        )
-    config = SiteConfig.load(path)
-    sys.path[:0] = [p for p in config.python_path if p not in sys.path]
-    return config

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from typing import Any
+from uuid import UUID
 
 from prefect import Flow, flow, get_run_logger, runtime, tags
 from prefect.client.schemas.objects import FlowRun, State
@@ -63,6 +64,7 @@ def training(recipe: Recipe, federation: Federation, run_id: str | None = None) 
     log = get_run_logger()
     run = _run_id()
     journal = begin(recipe, federation, run)
+    mark_as_training(journal)
     with (
         recording_outcome(journal),
         tags("fedflow", run_tag(journal.record().nonce), training_tag(runtime.flow_run.id)),
@@ -88,6 +90,14 @@ def begin(recipe: Recipe, federation: Federation, run: str) -> Journal:
     journal = start_run(place.store, run, recipe, federation.names)
     amend_run(journal, recipe, sites=federation.names)
     return journal
+
+
+def mark_as_training(journal: Journal) -> None:
+    """Tag this flow run as others look for it: one that a schedule or a form started has no tags yet."""
+    wanted = {"fedflow", "training", run_tag(journal.record().nonce)}
+    if not wanted <= set(runtime.flow_run.tags):
+        with connect() as client:
+            client.update_flow_run(UUID(runtime.flow_run.id), tags=sorted({*runtime.flow_run.tags, *wanted}))
 
 
 def sweep_orphans(journal: Journal) -> None:

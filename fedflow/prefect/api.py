@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
+from typing import Any
 from uuid import UUID
 
 import httpx
@@ -16,7 +17,7 @@ from prefect.client.schemas.filters import (
     FlowRunFilterStateType,
     FlowRunFilterTags,
 )
-from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.states import Cancelled, Cancelling
 
@@ -77,19 +78,19 @@ def find_runs(client: SyncPrefectClient, *tags: str, states: list[StateType] = A
     return found
 
 
-def cancel(client: SyncPrefectClient, runs: Iterable[FlowRun], why: str) -> list[str]:
+def cancel(client: SyncPrefectClient, runs: Iterable[FlowRun], why: str, *, force: bool = False) -> list[str]:
     """Ask for every active run of `runs` to stop; names of those asked. One that has not started is cancelled at once.
 
     A round's own flow run lives in its coordinator's process: if that is gone nobody else ends it, so it ends here.
+    force: end the others here too: their workers did not answer
     """
     names = []
     for run in runs:
-        if run.state_type in ACTIVE and run.state_type != StateType.CANCELLING:
-            inner = run.deployment_id is None
+        here = force or run.deployment_id is None
+        if run.state_type in ACTIVE and (here or run.state_type != StateType.CANCELLING):
             with contextlib.suppress(ObjectNotFound):
-                client.set_flow_run_state(
-                    run.id, Cancelled(message=why) if inner else Cancelling(message=why), force=inner
-                )
+                state: State[Any] = Cancelled(message=why) if here else Cancelling(message=why)
+                client.set_flow_run_state(run.id, state, force=here)
                 names.append(run.name)
     return names
 

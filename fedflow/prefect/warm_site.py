@@ -13,8 +13,9 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 import torch
 
-import fedflow.flows.site as site
+import fedflow.flows.site  # noqa: F401
 from fedflow.errors import FedflowError
+from fedflow.recipe import SiteConfig
 
 
 def _first_use() -> None:
@@ -29,7 +30,7 @@ def _first_use() -> None:
 def _preload() -> None:
     """What this site's configuration asks for; what is wrong with it is reported by the flow run, not here."""
     try:
-        for module in site.site_config().preload:
+        for module in SiteConfig.here().preload:
             importlib.import_module(module)
     except (FedflowError, ImportError) as error:
         print(error, file=sys.stderr)

@@ -40,6 +40,7 @@ __all__ = ["CoordinatorWorker", "SiteWorker", "command", "environment", "start"]
 POLL = 0.1  # seconds between two looks whether a child ended
 LOOK = 1.0  # seconds between two looks whether its flow run is to be cancelled
 GRACE = 5.0  # seconds from SIGTERM to SIGKILL
+STOPPED = (StateType.CANCELLING, StateType.CANCELLED)  # of a flow run that is not to run
 
 
 class FlowWorkerResult(BaseWorkerResult):
@@ -58,6 +59,10 @@ class FlowWorker(BaseWorker[BaseJobConfiguration, BaseVariables, FlowWorkerResul
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload([self.preload])
 
+    def registered(self) -> dict[str, str]:
+        """What runs here: flow name -> "module:function"."""
+        return self.flows
+
     async def setup(self) -> None:
         """As every worker, and warm: the fork server starts importing now, not when the first round waits for it."""
         await super().setup()
@@ -70,12 +75,10 @@ class FlowWorker(BaseWorker[BaseJobConfiguration, BaseVariables, FlowWorkerResul
         task_status: anyio.abc.TaskStatus[Any] | None = None,
     ) -> FlowWorkerResult:
         """Fork, watch, and stop the child where its flow run is cancelled. Raises ResolveError for a foreign flow."""
-        name = (await self.client.read_flow(flow_run.flow_id)).name
-        if name not in self.flows:
-            raise ResolveError(f"flow: found {name!r}, expected one of {sorted(self.flows)}; nothing else runs here")
-        process = self._context.Process(
-            target=run_in_child, args=(self.flows[name], str(flow_run.id)), name=flow_run.name
-        )
+        name, flows = (await self.client.read_flow(flow_run.flow_id)).name, self.registered()
+        if name not in flows:
+            raise ResolveError(f"flow: found {name!r}, expected one of {sorted(flows)}; nothing else runs here")
+        process = self._context.Process(target=run_in_child, args=(flows[name], str(flow_run.id)), name=flow_run.name)
         await anyio.to_thread.run_sync(process.start)
         if task_status is not None:
             task_status.started(process.pid)
@@ -83,9 +86,10 @@ class FlowWorker(BaseWorker[BaseJobConfiguration, BaseVariables, FlowWorkerResul
             cancelled = await self._watch(process, flow_run.id)
         finally:
             kill_group(process)
+        cancelled = cancelled or await self._is_cancelling(flow_run.id)  # it may have ended before anybody looked
         if cancelled:
             await self._mark_flow_run_as_cancelled(flow_run, {"message": "stopped by its worker"})
-        await self._run_hooks(self.flows[name], flow_run.id, crashed=not cancelled and process.exitcode != 0)
+        await self._run_hooks(flows[name], flow_run.id, crashed=not cancelled and process.exitcode != 0)
         return FlowWorkerResult(identifier=str(process.pid), status_code=0 if cancelled else process.exitcode or 0)
 
     async def _watch(self, process: ForkServerProcess, flow_run: UUID) -> bool:
@@ -108,7 +112,7 @@ class FlowWorker(BaseWorker[BaseJobConfiguration, BaseVariables, FlowWorkerResul
             return True
         except OUTAGE:
             return False  # an API that does not answer cancels nothing
-        return seen.state_type in (StateType.CANCELLING, StateType.CANCELLED)
+        return seen.state_type in STOPPED
 
     async def _stop(self, process: ForkServerProcess) -> None:
         """SIGTERM to the child's group, SIGKILL after a grace."""
@@ -142,6 +146,11 @@ class SiteWorker(FlowWorker):
     preload: ClassVar[str] = "fedflow.prefect.warm_site"
     _description = "Runs fedflow's local training, as installed at this site, and nothing else."
 
+    def registered(self) -> dict[str, str]:
+        """The site's own flow, where its configuration names one, in place of fedflow's."""
+        own = SiteConfig.here().flow
+        return {name: own or target for name, target in self.flows.items()}
+
 
 class CoordinatorWorker(FlowWorker):
     """The coordinator's worker."""
@@ -173,7 +182,8 @@ def run_in_child(target: str, flow_run_id: str) -> None:
     with handle_engine_signals(UUID(flow_run_id)):
         with get_client(sync_client=True) as client:
             flow_run = client.read_flow_run(UUID(flow_run_id))
-        run_flow(load(target), flow_run=flow_run)
+        if flow_run.state_type not in STOPPED:
+            run_flow(load(target), flow_run=flow_run)
 
 
 def kill_group(process: ForkServerProcess, sig: signal.Signals = signal.SIGKILL) -> None:

@@ -39,13 +39,8 @@ def read_tensors(store: ObjectStore, ref: ObjectRef, names: Iterable[str] | None
     """
     header, base = _header(store, ref)
     wanted = sorted(header if names is None else header.keys() & set(names))
-    whole = store.read(ref) if names is None else None
-    tensors = {}
-    for name in wanted:
-        spec, start, end = header[name]
-        data = whole[base + start : base + end] if whole is not None else store.read(ref, base + start, base + end)
-        tensors[name] = _tensor(data, spec)
-    return tensors
+    blocks = store.read_ranges(ref, [(base + start, base + end) for _, start, end in (header[n] for n in wanted)])
+    return {name: _tensor(block, header[name][0]) for name, block in zip(wanted, blocks, strict=True)}
 
 
 def read_spec(store: ObjectStore, ref: ObjectRef) -> dict[str, TensorSpec]:

@@ -129,7 +129,7 @@ def test_plot_of_another_kind_is_refused(trained: Project) -> None:
 def test_init_lays_out_a_project_that_is_right(project: Project) -> None:
     result = project.call("init", "new")
     assert result.code == 0
-    for name in ("recipe.yaml", "federation.yaml", "workload.py"):
+    for name in ("recipe.yaml", "federation.yaml", "workload.py", "flows/site.py", "deployments/prefect.yaml"):
         assert f"wrote new/{name}\n" in result.out
     commands = result.out.partition("next:\n")[2].splitlines()
     assert [line.split("#")[0].split() for line in commands] == [

@@ -185,6 +185,9 @@ def test_bad_site_configuration(project: Project) -> None:
     (project.folder / "site.yaml").write_text("name: site-1\nstor: here")
     mistake = project.call("site", "start", "--config", "site.yaml").mistake
     assert all(word in mistake for word in ["site.yaml", "stor: unknown field", "store: missing", "state: missing"])
+    (project.folder / "site.yaml").write_text("name: site-1\nstore: s3://fedflow\nstate: beside/me")
+    mistake = project.call("site", "start", "--config", "site.yaml").mistake
+    assert all(word in mistake for word in ["state: found 'beside/me'", "absolute path", str(project.folder)])
 
 
 # -- what nobody foresaw -----------------------------------------------------------------------------------------------

@@ -73,6 +73,18 @@ def started(tmp_path_factory: pytest.TempPathFactory, own_algorithm: Path) -> It
         yield Poc(env, fault_file)
 
 
+def own_flow(folder: Path) -> dict[str, Any]:
+    """A copy of the site's flow that its owner has changed, and the fields of a configuration that name it."""
+    text = (ROOT / "fedflow" / "flows" / "site.py").read_text()
+    folder.mkdir()
+    (folder / "hospital_flow.py").write_text(
+        text.replace(
+            "    log = get_run_logger()\n", '    log = get_run_logger()\n    log.info("as the hospital does it")\n'
+        )
+    )
+    return {"flow": "hospital_flow:local_training", "python_path": [str(folder)]}
+
+
 @pytest.fixture
 def poc(started: Poc) -> Iterator[Poc]:
     """The environment, without a fault before and after the test."""
@@ -94,7 +106,8 @@ def prod(
     commands = [command(federation.coordinator_pool, "coordinator", CoordinatorWorker)]
     for name in federation.names:
         config = home / f"{name}.yaml"
-        config.write_text(yaml.safe_dump({"name": name, "store": store, "state": str(home / name)}))
+        fields = {"name": name, "store": store, "state": str(home / name)}
+        config.write_text(yaml.safe_dump(fields | (own_flow(home / "own") if name == "site-3" else {})))
         commands.append([sys.executable, "-m", "fedflow.cli", "site", "start", "--config", str(config)])
     before = dict(os.environ)
     os.environ |= s3.env  # the coordinator's side of this test reads the same store

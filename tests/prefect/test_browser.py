@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 from prefect.client.schemas.objects import StateType
 
+from fedflow.environments.base import Run
 from fedflow.prefect.api import connect, find_runs
+from fedflow.prefect.deploy import training_deployment
+from fedflow.store.journal import list_runs
 from tests import builders
 from tests.prefect.conftest import Poc
 from tests.prefect.test_kills import MINUTES
@@ -75,3 +80,42 @@ def test_a_run_its_rounds_and_its_artifacts_can_be_read(poc: Poc, page: Page) ->
     page.goto(f"{base}/artifacts/key/looked-at-report")
     expect(page.get_by_text("looked-at-report").first).to_be_visible(timeout=PATIENCE)
     picture(page, "report-artifact")
+
+
+def form_field(page: Page, ui: str, label: str) -> Locator:
+    """The input below that label; the first version of the UI does not tie the two together."""
+    if ui == "v2":
+        return page.get_by_label(label, exact=True).first
+    header = page.locator(f'> .p-label__header .schema-form-property__label:text-is("{label}")')
+    return page.locator(".p-label", has=header).locator("input, textarea").first
+
+
+@pytest.mark.parametrize("ui", ["v1", "v2"])
+def test_a_run_is_started_from_the_form(poc: Poc, page: Page, ui: str) -> None:
+    """The form of the training's deployment is filled in and submitted; the run trains as it says."""
+    poc.env.deploy(builders.recipe())
+    with connect(poc.env.api_url) as client:
+        deployment = client.read_deployment_by_name(training_deployment(poc.env.federation))
+    prefix = "/v2" if ui == "v2" else ""
+    base = f"http://127.0.0.1:{poc.env.server.port}"
+    page.goto(f"{base}{prefix}/deployments/deployment/{deployment.id}/run")
+    form_field(page, ui, "Rounds").fill("1")
+    form_field(page, ui, "Name").fill(f"form-{ui}")
+    picture(page, f"form-{ui}")
+    page.get_by_role("button", name="Submit").click()
+    run = started_run(poc, f"form-{ui}-")
+    summary = run.result(MINUTES)
+    assert summary.recipe == builders.recipe(name=f"form-{ui}", rounds=1)
+    assert [r.round for r in summary.rounds] == [0]
+
+
+def started_run(poc: Poc, prefix: str) -> Run:
+    """The run whose name begins so, once its coordinator has begun it and tagged its flow run."""
+    until = time.monotonic() + MINUTES
+    while time.monotonic() < until:
+        for name in list_runs(poc.env.store):
+            run = poc.env.attach(name)
+            if name.startswith(prefix) and run.backend.alive():
+                return run
+        threading.Event().wait(0.5)
+    raise AssertionError(f"no run named {prefix}… began")

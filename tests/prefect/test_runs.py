@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,15 @@ import psutil
 import pytest
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey, FlowRunFilter, FlowRunFilterTags
 from prefect.client.schemas.objects import StateType
+from prefect.states import Cancelling
 
 from fedflow.environments import SimEnv
+from fedflow.environments.poc import PocEnv
 from fedflow.environments.prod import ProdEnv
 from fedflow.errors import RoundError
-from fedflow.prefect.api import connect, run_tag
+from fedflow.prefect.api import connect, find_runs, run_tag
 from fedflow.recipe import Federation
-from fedflow.testing.faults import fail_at
+from fedflow.testing.faults import fail_at, watching
 from tests import builders
 from tests.prefect.conftest import Poc
 from tests.prefect.test_kills import MINUTES
@@ -37,7 +41,10 @@ def test_a_recipe_gives_one_digest_in_all_three_environments(
     two_at_a_time = SimEnv(Federation.of(3), home=tmp_path / "two", workers=2).execute(recipe, run_id="sim")
     assert two_at_a_time.result(MINUTES).model_digest == expected
     assert poc.execute(recipe, "digest").result(MINUTES).model_digest == expected
-    assert recipe.execute(prod, run_id="digest").result(MINUTES).model_digest == expected
+    run = recipe.execute(prod, run_id="digest")
+    assert run.result(MINUTES).model_digest == expected
+    assert any("as the hospital does it" in line for line in run.logs("site-3"))  # its owner's copy of the flow
+    assert not any("as the hospital does it" in line for line in run.logs("site-1"))
 
 
 @pytest.mark.faults
@@ -143,21 +150,42 @@ def test_a_failing_site_shows_its_traceback_in_the_rounds_log(poc: Poc) -> None:
 
 @pytest.mark.faults
 def test_an_aborted_run_leaves_no_process_and_can_be_resumed(poc: Poc, undisturbed: Any, tmp_path: Path) -> None:
-    """Also on SQLite, where the engine itself loses cancellations."""
     reached = tmp_path / "training"
     run = poc.execute(builders.recipe(), "aborted", fail_at("training", round=1, effect="hang", token=reached))
     run.wait(MINUTES, until=reached.exists)
     run.abort()
     poc.heal()
     assert run.status() == "aborted"
-    assert not children_working_on(poc)
+    assert not children_working_on(poc.env)
     assert poc.env.resume(run.id).result(MINUTES).model_digest == undisturbed()["model"]
 
 
-def children_working_on(poc: Poc) -> list[psutil.Process]:
+@pytest.mark.faults
+def test_a_run_cancelled_in_the_ui_stops_its_sites_also_on_sqlite(undisturbed: Any, tmp_path: Path) -> None:
+    """On SQLite the engine itself loses the cancellation of children."""
+    reached = tmp_path / "training"
+    fault = fail_at("training", round=1, effect="hang", token=reached)
+    fault.write(tmp_path / "fault.json")
+    variables = watching(tmp_path / "fault.json", {})
+    with PocEnv(Federation.of(3), home=tmp_path / "home", database="sqlite", environment=variables) as env:
+        run = env.execute(builders.recipe(), run_id="cancelled")
+        run.wait(MINUTES, until=reached.exists)
+        with connect(env.api_url) as client:
+            (training,) = find_runs(client, run_tag(run.journal.record().nonce), "training")
+            client.set_flow_run_state(training.id, Cancelling())  # as its button in the UI does
+        assert run.wait(MINUTES) == "aborted"
+        until = time.monotonic() + MINUTES
+        while children_working_on(env) and time.monotonic() < until:
+            threading.Event().wait(0.1)
+        assert not children_working_on(env)
+        (tmp_path / "fault.json").unlink()
+        assert env.resume(run.id).result(MINUTES).model_digest == undisturbed()["model"]
+
+
+def children_working_on(env: PocEnv) -> list[psutil.Process]:
     """Processes that the workers forked for a flow run: each leads a group of its own, the workers' tools do not."""
-    workers = {p.pid for p in poc.env.processes()}
-    below = [c for p in poc.env.processes() for c in psutil.Process(p.pid).children(recursive=True)]
+    workers = {p.pid for p in env.processes()}
+    below = [c for p in env.processes() for c in psutil.Process(p.pid).children(recursive=True)]
     return [
         c
         for c in below

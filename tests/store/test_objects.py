@@ -31,7 +31,8 @@ from fedflow.errors import (
     StoreUnavailable,
     StoreUnwritable,
 )
-from fedflow.store.objects import CHUNK_SIZE, ObjectRef, ObjectStore, digest, publish_by_link, publish_under_lock
+from fedflow.store.backends import publish_by_link, publish_under_lock
+from fedflow.store.objects import CHUNK_SIZE, ObjectRef, ObjectStore, digest
 from fedflow.testing.store import SharedStoreConformance, StoreConformance, start_python, together
 from tests.servers import s3_server
 

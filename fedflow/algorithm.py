@@ -33,6 +33,7 @@ __all__ = [
     "NoState",
     "Schedule",
     "Training",
+    "Transform",
     "weighted_mean",
 ]
 
@@ -59,6 +60,11 @@ class LocalResult:
     lr_sum: float
     metrics: Mapping[str, float] = field(default_factory=dict)
     numerics: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def groups(self) -> Groups:
+        """The model after training."""
+        return {"params": self.params, "frozen": self.frozen, "buffers": self.buffers}
 
     def update(self, ctx: RoundContext, tensors: Groups, scalars: Mapping[str, float] | None = None) -> Update:
         """This result as the update of `ctx.site`, with `tensors` as its payload."""
@@ -153,6 +159,11 @@ class Algorithm(BaseModel):
     SiteState: ClassVar[type[Any]] = NoState
     """C: the same for a site's memory."""
 
+    # -- before a run
+    def objections(self, training: Any) -> list[str]:
+        """What speaks against this local training (the recipe's, or a site's): each names the field and the fix."""
+        return []
+
     # -- at the server
     def init(self, model: Groups) -> Any:
         """S before round 0, from the initial model's groups "params", "frozen", "buffers"."""
@@ -177,6 +188,20 @@ class Algorithm(BaseModel):
         """The weight of `update` (its tensors may be absent). Not finite or not positive: the update is excluded."""
         raise NotImplementedError
 
+    def decode(self, update: Update, state: Any, phase: str) -> Update:
+        """`update` as `measure` and `aggregate` read it, whatever part of it and of `state` is there."""
+        return update
+
+    @property
+    def least_updates(self) -> int:
+        """The fewest updates that a round can be made of; a smaller quorum is refused before any training."""
+        return 1
+
+    @property
+    def measures(self) -> bool:
+        """Whether `measure` is to be called: it reads every update once more."""
+        return type(self).measure is not Algorithm.measure
+
     def measure(self, updates: Iterable[Update], ctx: RoundContext) -> Tensors:
         """A global figure over all updates before `aggregate`, additive over buckets of names; `ctx.measured` there."""
         return {}
@@ -189,6 +214,10 @@ class Algorithm(BaseModel):
         """S after this phase. Called on a part of the names at a time; scalars must come out equal from every part."""
         raise NotImplementedError
 
+    def report(self, state: Any, updates: int) -> str | None:
+        """A line for the log about the step that made `state` of so many updates; none by default."""
+        return None
+
     # -- at a site
     def init_site(self, broadcast: Groups, work: Any, ctx: RoundContext) -> Any:
         """C at first participation."""
@@ -197,6 +226,44 @@ class Algorithm(BaseModel):
     def site_update(self, broadcast: Groups, site_state: Any, work: Any, ctx: RoundContext) -> tuple[Update, Any]:
         """The site's part of `ctx.phase`: its update, and C if that update is accepted."""
         raise NotImplementedError
+
+
+class Transform(BaseModel):
+    """What happens to an update on its way out, undone at the server before the reduction; and to the broadcast.
+
+    Subclasses are frozen pydantic models, as algorithms are. What a site must remember lives in C, and commits with the
+    site's update. Transforms are applied in the recipe's order, and undone in the reverse one.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    kind: str
+    SiteState: ClassVar[type[Any]] = NoState
+    """C: frozen dataclass of `Tensors` and JSON scalars, a site's memory."""
+
+    def encoded(self, spec: Spec) -> Spec:
+        """What an update of `spec` becomes. Raises RecipeError, before any training, where it cannot be transformed."""
+        return spec
+
+    def init_site(self, broadcast: Groups) -> Any:
+        """C at first participation."""
+        return self.SiteState()
+
+    def at_site(self, update: Update, state: Any, ctx: RoundContext) -> tuple[Update, Any]:
+        """`update` as it is sent, and C if it is accepted."""
+        return update, state
+
+    def decode(self, update: Update, spec: Spec) -> Update:
+        """What was sent, by one site and as far as it is there, in `spec` again. Raises UpdateInvalid where it cannot be."""
+        return update
+
+    def at_broadcast(self, groups: Groups) -> Groups:
+        """The broadcast as it is sent."""
+        return groups
+
+    def at_arrival(self, groups: Groups) -> Groups:
+        """The broadcast as a site trains from it."""
+        return groups
 
 
 class Schedule(BaseModel):
@@ -214,11 +281,15 @@ class Schedule(BaseModel):
 def weighted_mean(updates: Iterable[Update], weight: Callable[[Update], float]) -> Aggregate:
     """The weighted mean of every group over the fixed tree of `WeightedMean`, in float64, one update in memory."""
     means: dict[str, WeightedMean] = {}
+    scalars: dict[str, float] = {}
     total, metrics = 0.0, {}
     for update in updates:
         w = weight(update)
         for group, tensors in update.tensors.items():
             means.setdefault(group, WeightedMean()).add(tensors, w)
+        for name, value in update.scalars.items():
+            scalars[name] = scalars.get(name, 0.0) + w * value
         total += w
         metrics[update.site] = dict(update.metrics)
-    return Aggregate({group: mean.means() for group, mean in means.items()}, total, len(metrics), metrics)
+    reduced = {group: mean.means() for group, mean in means.items()}
+    return Aggregate(reduced, total, len(metrics), metrics, {name: s / total for name, s in scalars.items()})

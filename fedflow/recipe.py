@@ -30,10 +30,11 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError, core_schema
 
-from fedflow import algorithms, schedules
-from fedflow.algorithm import Algorithm, Schedule
+from fedflow import algorithms, schedules, transforms
+from fedflow.algorithm import Algorithm, Schedule, Transform
 from fedflow.errors import RecipeError, ResolveError, UserError, field_error
 from fedflow.registry import entry_point_names, load_entry_point, resolve
+from fedflow.transforms.composed import Transformed
 from fedflow.types import SiteId, canonical_json
 
 __all__ = [
@@ -83,15 +84,15 @@ def _parse_duration(value: Any) -> Any:
 Duration = Annotated[timedelta, BeforeValidator(_parse_duration), Field(gt=timedelta(0))]
 
 
-# -- algorithms and schedules by kind ----------------------------------------------------------------------------------
+# -- algorithms, schedules, transforms by kind -------------------------------------------------------------------------
 class _ByKind:
-    """A field that holds an algorithm or a schedule: `{"kind": name, hyperparameters...}`.
+    """A field that holds an algorithm, a schedule or a transform: `{"kind": name, hyperparameters...}`.
 
     The name is a built-in, an entry point of an installed package, or an import path allowed by the validation context
     (`context={"allowed_imports": [...]}`; without it any).
     """
 
-    def __init__(self, base: type[Algorithm] | type[Schedule], group: str, module: Any) -> None:
+    def __init__(self, base: type[Algorithm] | type[Schedule] | type[Transform], group: str, module: Any) -> None:
         self.base, self.group = base, group
         self.builtin: dict[str, Any] = {
             cls.model_fields["kind"].default: cls for cls in (getattr(module, name) for name in module.__all__)
@@ -160,14 +161,34 @@ class _ByKind:
 
     def _form(self, kind: str) -> dict[str, Any]:
         """The JSON schema of one kind. `kind` is required with a one-value enum: a form needs it to tell them apart."""
-        form: dict[str, Any] = self.find(kind).model_json_schema()
+        schema: dict[str, Any] = self.find(kind).model_json_schema()
+        form: dict[str, Any] = _for_forms(schema, schema.get("$defs", {}))
         form["properties"]["kind"] = {"type": "string", "enum": [kind], "title": "Kind"}
         form["required"] = ["kind", *(name for name in form.get("required", []) if name != "kind")]
         return form
 
 
+def _for_forms(schema: Any, defs: Mapping[str, Any]) -> Any:
+    """`schema` without references, its choices told apart by a required `kind` of one value."""
+    if isinstance(schema, list):
+        return [_for_forms(part, defs) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if reference := schema.get("$ref"):
+        return _for_forms(
+            {**defs[reference.rpartition("/")[2]], **{k: v for k, v in schema.items() if k != "$ref"}}, defs
+        )
+    found = {k: _for_forms(v, defs) for k, v in schema.items() if k not in ("$defs", "discriminator")}
+    properties = found.get("properties", {})
+    if isinstance(kind := properties.get("kind"), dict) and "const" in kind:
+        properties["kind"] = {"type": "string", "enum": [kind["const"]], "title": "Kind"}
+        found["required"] = ["kind", *(name for name in found.get("required", []) if name != "kind")]
+    return found
+
+
 _algorithms = _ByKind(Algorithm, "algorithms", algorithms)
 _schedules = _ByKind(Schedule, "schedules", schedules)
+_transforms = _ByKind(Transform, "transforms", transforms)
 
 
 # -- parts -------------------------------------------------------------------------------------------------------------
@@ -388,6 +409,8 @@ class Recipe(_Model):
     """The mathematics of a round."""
     schedule: Annotated[Any, _schedules] = schedules.Everyone()
     """Who takes part."""
+    transforms: list[Annotated[Any, _transforms]] = []
+    """What happens to updates and broadcasts on their way, in this order: compression."""
     training: LocalTraining = LocalTraining()
     """Local training at every site."""
     overrides: dict[Name, SiteOverrides] = {}
@@ -424,9 +447,17 @@ class Recipe(_Model):
         wanted = getattr(self.schedule, "sites_per_round", None)
         if self.quorum is not None and wanted is not None and self.quorum > wanted:
             problems.append(f"quorum ({self.quorum}) must not exceed schedule.sites_per_round ({wanted}); lower quorum")
+        least = self.algorithm.least_updates
+        for field, given in (("quorum", self.quorum), ("schedule.sites_per_round", wanted)):
+            if given is not None and given < least:
+                problems.append(
+                    f"{field} ({given}) must be at least {least}, which algorithm.reduction needs; raise it"
+                )
+        problems += self.algorithm.objections(self.training)
         for site in self.overrides:
             try:
-                self.training_at(site)
+                objections = self.algorithm.objections(self.training_at(site))
+                problems += [f"overrides.{site}.{why}" for why in objections]
             except ValidationError as error:
                 problems.append(f"overrides.{site}.training: {explain(error)}")
         if problems:
@@ -448,6 +479,12 @@ class Recipe(_Model):
     def execute(self, env: Runs[R], *, run_id: str | None = None) -> R:
         """Start this recipe in `env` and return a handle on the run at once; `env.execute(recipe)`, the other way round."""
         return env.execute(self, run_id=run_id)
+
+    @property
+    def computation(self) -> Algorithm:
+        """What the engine runs: the algorithm with its transforms."""
+        algorithm: Algorithm = self.algorithm
+        return Transformed(algorithm=algorithm, transforms=tuple(self.transforms)) if self.transforms else algorithm
 
     # -- what holds for one site
     def training_at(self, site: SiteId) -> LocalTraining:

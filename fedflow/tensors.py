@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from fedflow.types import Groups, Tensors, canonical_json
 
 __all__ = [
     "BLOCK",
+    "CHUNK",
     "WeightedMean",
     "cast",
     "dtype_name",
@@ -22,6 +24,7 @@ __all__ = [
     "pairs",
     "raw_bytes",
     "select",
+    "squared_norm",
     "subtract",
 ]
 
@@ -108,6 +111,15 @@ def subtract(minuend: Tensors, subtrahend: Tensors, dtype: torch.dtype = torch.f
         name: cast(tensor.to(torch.float64) - subtrahend[name].to(torch.float64), dtype)
         for name, tensor in minuend.items()
     }
+
+
+CHUNK = 16_384
+"""Elements that are summed at a time: below torch's threshold for more than one thread, so that bits don't depend on it."""
+
+
+def squared_norm(tensor: Tensor) -> float:
+    """Σ t² in float64, summed per chunk and then over the chunks: the same bits with any number of threads."""
+    return math.fsum(float(part.double().square().sum()) for part in torch.split(tensor.reshape(-1), CHUNK))
 
 
 def select(groups: Groups, names: Iterable[str]) -> dict[str, dict[str, Tensor]]:

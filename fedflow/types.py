@@ -102,12 +102,14 @@ class Aggregate:
     weight:   sum of the weights
     count:    number of updates
     metrics_by_site:  site -> metrics, as sent
+    scalars: weighted means of the numbers that the updates carry for the algorithm
     """
 
     tensors: Groups
     weight: float
     count: int
     metrics_by_site: Mapping[SiteId, Mapping[str, float]]
+    scalars: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ LAYERS = [  # lowest first; a part imports itself and what lies below
     {"types"},  # values that cross a boundary
     {"tensors", "registry"},
     {"algorithm"},  # the contracts
-    {"algorithms", "schedules"},
+    {"algorithms", "schedules", "transforms"},
     {"recipe"},
     {"local", "store"},
     {"engine"},

@@ -303,11 +303,22 @@ def test_a_file_that_is_no_recipe_is_told_in_one_line(
 # -- the form ----------------------------------------------------------------------------------------------------------
 def test_the_form_tells_algorithms_and_schedules_apart_by_a_required_kind_of_one_value() -> None:
     properties = recipe_schema()["properties"]
-    for field, kinds in (("algorithm", {"fedavg"}), ("schedule", {"everyone", "sampled"})):
+    for field, kinds in (
+        ("algorithm", {"fedavg", "fedopt", "scaffold", "diloco"}),
+        ("schedule", {"everyone", "sampled"}),
+    ):
         *forms, other = properties[field]["oneOf"]
         assert kinds <= {form["properties"]["kind"]["enum"][0] for form in forms}
         assert kinds <= set(other["properties"]["kind"]["not"]["enum"])  # whatever is not known here is let through
         assert all(len(f["properties"]["kind"]["enum"]) == 1 and "kind" in f["required"] for f in forms)
+
+
+def test_a_choice_within_an_algorithm_is_told_apart_in_the_same_way() -> None:
+    forms = recipe_schema()["properties"]["algorithm"]["oneOf"]
+    (fedopt,) = [f for f in forms if f["properties"]["kind"].get("enum") == ["fedopt"]]
+    choices = fedopt["properties"]["server_optimizer"]["oneOf"]
+    assert [c["properties"]["kind"]["enum"] for c in choices] == [["sgd"], ["adagrad"], ["adam"], ["yogi"]]
+    assert all("kind" in c["required"] for c in choices) and "$ref" not in json.dumps(fedopt)
 
 
 # -- the local optimizer is torch's ------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -32,7 +33,9 @@ from fedflow.store.records import (
 from fedflow.store.state import merge, read_state, restrict, tensor_fields, write_state
 from fedflow.store.tensors import read_tensors, write_tensors
 from fedflow.tensors import model_digest
-from fedflow.types import Groups, RoundContext, SiteId, Tensors, derive_seed
+from fedflow.types import Groups, RoundContext, SiteId, Tensors, Update, derive_seed
+
+_log = logging.getLogger(__name__)
 
 __all__ = ["aggregate_round", "commit_initial", "evaluate_model", "evaluate_round", "read_model"]
 
@@ -53,7 +56,7 @@ def aggregate_round(journal: Journal, plan: Plan, closing: Closing, *, bucket_by
     call again with the new closing. Until the manifest is written nothing has happened.
     """
     recipe = journal.recipe()
-    algorithm: Algorithm = recipe.algorithm
+    algorithm = recipe.computation
     head = journal.head(algorithm.phases)
     assert head is not None
     done = journal.manifest(
@@ -74,13 +77,16 @@ def aggregate_round(journal: Journal, plan: Plan, closing: Closing, *, bucket_by
         plan.run, plan.round, plan.phase, None, plan.num_sites, derive_seed(recipe.seed, plan.round, plan.phase, None)
     )
     buckets = list(_buckets(state, updates, bucket_bytes))
-    measured = _measure(algorithm, updates, buckets, context)
+    measured = _measure(algorithm, state, updates, buckets, context)
     context = RoundContext(**{**vars(context), "measured": measured})
     parts = []
     for names in buckets:
-        aggregate = algorithm.aggregate((u.load(names) for u in updates), context)
-        parts.append(algorithm.server_update(restrict(state, names), aggregate, context))
+        part = restrict(state, names)
+        aggregate = algorithm.aggregate(_decoded(algorithm, part, updates, names, context), context)
+        parts.append(algorithm.server_update(part, aggregate, context))
     new = merge(parts) if parts else state
+    if line := algorithm.report(new, len(updates)):
+        _log.info("run %s, round %d: %s", plan.run, plan.round, line)
     return _commit(
         journal,
         algorithm,
@@ -96,16 +102,24 @@ def aggregate_round(journal: Journal, plan: Plan, closing: Closing, *, bucket_by
 
 
 def _measure(
-    algorithm: Algorithm, updates: list[Contributor], buckets: list[list[str]], context: RoundContext
+    algorithm: Algorithm, state: Any, updates: list[Contributor], buckets: list[list[str]], context: RoundContext
 ) -> Tensors:
     """Σ over the buckets of what `algorithm.measure` finds, in their order."""
-    if type(algorithm).measure is Algorithm.measure:
+    if not algorithm.measures:
         return {}
     total: dict[str, Tensor] = {}
     for names in buckets:
-        for name, value in algorithm.measure((u.load(names) for u in updates), context).items():
+        part = _decoded(algorithm, restrict(state, names), updates, names, context)
+        for name, value in algorithm.measure(part, context).items():
             total[name] = total[name] + value if name in total else value
     return total
+
+
+def _decoded(
+    algorithm: Algorithm, part: Any, updates: list[Contributor], names: list[str], context: RoundContext
+) -> Iterator[Update]:
+    """Those tensors of every update, as the algorithm reads them; one in memory at a time."""
+    return (algorithm.decode(u.load(names), part, context.phase) for u in updates)
 
 
 def _buckets(state: Any, updates: list[Contributor], bucket_bytes: int | None) -> Iterator[list[str]]:

@@ -16,7 +16,6 @@ from datetime import datetime, timedelta
 from typing import Literal
 
 from fedflow import __version__
-from fedflow.algorithm import Algorithm
 from fedflow.engine.aggregation import aggregate_round, commit_initial
 from fedflow.engine.updates import Checks
 from fedflow.errors import (
@@ -95,7 +94,7 @@ def start_run(store: ObjectStore, run: str, recipe: Recipe, sites: Sequence[Site
         raise RunExists(
             f"run: found {run!r} with another recipe ({_differences(begun, recipe)}), expected the same; choose another --run-id"
         )
-    commit_initial(journal, recipe.algorithm, model_groups(model))
+    commit_initial(journal, recipe.computation, model_groups(model))
     return journal
 
 
@@ -299,7 +298,7 @@ def _rejected(journal: Journal, plan: Plan, openings: Sequence[Opening]) -> list
 
 
 def _make_plan(journal: Journal, recipe: Recipe, step: Step, absent: Mapping[SiteId, str]) -> Plan:
-    algorithm: Algorithm = recipe.algorithm
+    algorithm = recipe.computation
     head = journal.head(algorithm.phases)
     assert head is not None
     view = federation_view(journal, head, absent)
@@ -318,6 +317,13 @@ def _make_plan(journal: Journal, recipe: Recipe, step: Step, absent: Mapping[Sit
     if missing:
         raise QuorumLost(
             f"required sites are absent: {_named(missing, absent)}; start their workers and resume",
+            run=journal.run,
+            round=step.round,
+        )
+    if quorum < algorithm.least_updates:
+        raise QuorumLost(
+            f"found a quorum of {quorum}, expected at least the {algorithm.least_updates} updates that the algorithm needs "
+            f"(algorithm.reduction): {_named(sorted(absent), absent)}; start more sites, or choose a reduction that needs fewer",
             run=journal.run,
             round=step.round,
         )

@@ -115,7 +115,7 @@ def site_step(
             numerics=recipe.numerics,
             on_step=on_step,
         )
-        update, state = _run_algorithm(recipe.algorithm, root, plan, config.name, recipe.seed, states, training)
+        update, state = _run_algorithm(recipe.computation, root, plan, config.name, recipe.seed, states, training)
         update = replace(update, attempt=work.attempt)
         return _send(journal, plan, opening, work, update, state, states, time.monotonic() - started)
 

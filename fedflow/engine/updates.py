@@ -65,7 +65,7 @@ class Checks:
     @property
     def spec(self) -> Spec:
         if self._spec is None:
-            algorithm = self.recipe.algorithm
+            algorithm = self.recipe.computation
             head = self.journal.head(algorithm.phases)
             assert head is not None
             state = read_state(self.journal.store, algorithm.State, head.state)
@@ -117,7 +117,7 @@ class Checks:
 
     def _check_weight(self, update: UpdateManifest) -> None:
         try:
-            weight = self.recipe.algorithm.weight(as_update(update, {}))
+            weight = self.recipe.computation.weight(as_update(update, {}))
         except (ArithmeticError, LookupError, TypeError, ValueError) as error:
             raise UpdateInvalid(f"weight: cannot be computed from what was sent: {error!r}") from error
         if isinstance(weight, bool) or not math.isfinite(weight) or weight <= 0:
@@ -135,7 +135,7 @@ class Checks:
             expected = self.spec[group]
             self._check_size(group, ref, expected)
             found = read_spec(self.journal.store, ref)
-            missing = [] if self.recipe.algorithm.partial_updates else sorted(expected.keys() - found.keys())
+            missing = [] if self.recipe.computation.partial_updates else sorted(expected.keys() - found.keys())
             extra = sorted(found.keys() - expected.keys())
             if missing or extra:
                 raise UpdateInvalid(f"names in {group}: missing {missing[:5]}, unexpected {extra[:5]}")

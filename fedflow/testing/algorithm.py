@@ -106,7 +106,7 @@ class AlgorithmConformance:
         assert _digests(forwards) == _digests(backwards)
 
     def test_no_bit_depends_on_how_the_names_are_partitioned(self, recipe: Recipe) -> None:
-        for journal, plan, closing in _phases(recipe) if recipe.algorithm.partitionable else ():
+        for journal, plan, closing in _phases(recipe) if recipe.computation.partitionable else ():
             found = []
             for bucket_bytes in (None, 1, 40, 100):
                 copy = _copy(journal)
@@ -130,16 +130,20 @@ class AlgorithmConformance:
     def test_the_servers_part_is_pure(self, recipe: Recipe) -> None:
         """Twice the same bits, and what it is given stays as it is."""
         for journal, plan, closing in _phases(recipe):
-            algorithm, head = recipe.algorithm, _head(journal, recipe)
+            algorithm, head = recipe.computation, _head(journal, recipe)
             updates = [Contributor(journal, plan, c) for _, c in sorted(closing.contributors.items())]
             names = sorted({name for update in updates for name in update.names})
             state = read_state(journal.store, algorithm.State, head.state)
             context = RoundContext(plan.run, plan.round, plan.phase, None, plan.num_sites, seed=1)
             before, results = _state_digests(state), []
             for _ in range(2):
-                measured = algorithm.measure((u.load(names) for u in updates), context)
+                measured = algorithm.measure(
+                    (algorithm.decode(u.load(names), state, plan.phase) for u in updates), context
+                )
                 known = dataclasses.replace(context, measured=measured)
-                aggregate = algorithm.aggregate((u.load(names) for u in updates), known)
+                aggregate = algorithm.aggregate(
+                    (algorithm.decode(u.load(names), state, plan.phase) for u in updates), known
+                )
                 reduced = _group_digests(aggregate.tensors)
                 results.append(_state_digests(algorithm.server_update(state, aggregate, known)))
                 assert _group_digests(aggregate.tensors) == reduced, "server_update changed the aggregate"

@@ -109,12 +109,12 @@ def _arm(trap: _Trap) -> None:
         put(store, key, data, **options)
         trap.reached(f"{store.url}/{key}", "after", store)
 
-    def faulty_train(trainer: LocalTrainer, broadcast: Any, ctx: Any) -> Any:
+    def faulty_train(trainer: LocalTrainer, broadcast: Any, ctx: Any, **wishes: Any) -> Any:
         def on_step(done: int, planned: int | None) -> None:
             trap.reached(f"training/{ctx.site}/{ctx.round:05d}/{done}", "after")
             trainer.on_step(done, planned)
 
-        return train(replace(trainer, on_step=on_step), broadcast, ctx)
+        return train(replace(trainer, on_step=on_step), broadcast, ctx, **wishes)
 
     ObjectStore.put = faulty_put  # type: ignore[assignment,method-assign]
     LocalTrainer.train = faulty_train  # type: ignore[assignment,method-assign]

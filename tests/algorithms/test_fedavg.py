@@ -20,7 +20,8 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from fedflow.algorithm import Algorithm, LocalResult, NoState
-from fedflow.algorithms.fedavg import FedAvg, FedAvgState
+from fedflow.algorithms.averaging import ModelState
+from fedflow.algorithms.fedavg import FedAvg
 from fedflow.local import LocalTrainer, TorchWorkload
 from fedflow.recipe import LocalTraining, Numerics, Optimizer
 from fedflow.tensors import raw_bytes
@@ -30,8 +31,8 @@ from fedflow.types import Groups, RoundContext, Update, derive_seed
 SERVER = RoundContext("run", 0, "train", None, num_sites=2, seed=0)
 
 
-def state_of(x: Any, buffers: Mapping[str, Tensor] | None = None, frozen: Any = ()) -> FedAvgState:
-    return FedAvgState({"x": torch.as_tensor(x)}, {"f": torch.as_tensor(frozen)} if len(frozen) else {}, buffers or {})
+def state_of(x: Any, buffers: Mapping[str, Tensor] | None = None, frozen: Any = ()) -> ModelState:
+    return ModelState({"x": torch.as_tensor(x)}, {"f": torch.as_tensor(frozen)} if len(frozen) else {}, buffers or {})
 
 
 def update_of(site: str, groups: Groups, examples: int = 1, steps: int = 1) -> Update:
@@ -42,8 +43,8 @@ def params(y: Any) -> dict[str, dict[str, Tensor]]:
     return {"params": {"x": torch.as_tensor(y)}, "buffers": {}}
 
 
-def after(algorithm: FedAvg, state: FedAvgState, updates: Sequence[Update]) -> FedAvgState:
-    new: FedAvgState = algorithm.server_update(state, algorithm.aggregate(iter(updates), SERVER), SERVER)
+def after(algorithm: FedAvg, state: ModelState, updates: Sequence[Update]) -> ModelState:
+    new: ModelState = algorithm.server_update(state, algorithm.aggregate(iter(updates), SERVER), SERVER)
     return new
 
 
@@ -92,7 +93,7 @@ def test_weights_are_chosen_explicitly(settings: Mapping[str, Any], expected: fl
 
 
 def test_a_tensor_is_averaged_over_the_sites_that_sent_it_and_stays_if_nobody_did() -> None:
-    state = FedAvgState({"a": torch.zeros(1), "b": torch.ones(1)}, {}, {"n": torch.tensor(4)})
+    state = ModelState({"a": torch.zeros(1), "b": torch.ones(1)}, {}, {"n": torch.tensor(4)})
     updates = [
         update_of("s", {"params": {"a": torch.tensor([2.0])}, "buffers": {}}, examples=1),
         update_of("t", {"params": {"a": torch.tensor([8.0])}, "buffers": {"n": torch.tensor(7)}}, examples=2),

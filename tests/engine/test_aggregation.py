@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedflow.algorithms.fedavg import FedAvg, FedAvgState
+from fedflow.algorithms.averaging import ModelState
+from fedflow.algorithms.fedavg import FedAvg
 from fedflow.engine import (
     aggregate_round,
     close_round,
@@ -128,7 +129,7 @@ def test_a_plan_that_does_not_continue_the_newest_commit_is_not_aggregated(tmp_p
 
 # -- algorithms that get it wrong --------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class Counting(FedAvgState):
+class Counting(ModelState):
     names: int = 0
 
 
@@ -157,7 +158,7 @@ def test_scalars_that_differ_between_parts_of_the_names_are_found(tmp_path: Path
 
 
 @dataclass(frozen=True)
-class Secretive(FedAvgState):
+class Secretive(ModelState):
     memory: Any = None
 
 

@@ -1,0 +1,1 @@
+../../fedflow/template/workload.py

@@ -19,6 +19,7 @@ LAYERS = [  # lowest first; a part imports itself and what lies below
     {"algorithms", "schedules"},
     {"recipe"},
     {"local", "store"},
+    {"client"},  # what training scripts call
     {"engine"},
     {"simulation", "plot", "testing", "template"},
     {"prefect, flows"},  # one part: what flows are made of, and who starts them

@@ -160,9 +160,12 @@ class Session:
         self.correct_gradients(optimizer)
         return None
 
-    def correct_gradients(self, optimizer: Optimizer) -> None:
-        """Add the correction to the gradients now (a loop's place before its clipping); the step will not add it again."""
-        if self._corrector is not None and not self._corrected:
+    def correct_gradients(self, optimizer: Optimizer, *, again: bool = False) -> None:
+        """Add the correction to the gradients now (a loop's place before its clipping); the step will not add it again.
+
+        again: also if the last ones that were corrected were never stepped (a loss scaler skipped them)
+        """
+        if self._corrector is not None and (again or not self._corrected):
             ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
             self._corrector.before_step(ids, getattr(optimizer, "grad_scale", None))
             self._corrected = True

@@ -10,7 +10,7 @@ import json
 import logging
 import math
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -172,16 +172,23 @@ class Preserved:
 
 
 def schedulers_of(optimizer: Optimizer) -> list[LRScheduler]:
-    """The schedulers that refer to `optimizer`, by name; those that are parts of others are left out."""
+    """The schedulers that refer to `optimizer`, or to a wrapper of it, by name; parts of other schedulers are left out."""
+    optimizers: list[Optimizer] = [optimizer]
     found: list[LRScheduler] = []
-    for referrer in gc.get_referrers(optimizer):
-        owners = gc.get_referrers(referrer) if isinstance(referrer, dict) else [referrer]
-        for owner in owners:
-            if isinstance(owner, LRScheduler) and all(owner is not f for f in found):
+    for known in optimizers:
+        for owner in _owners(known):
+            if isinstance(owner, LRScheduler) and owner.optimizer is known and all(owner is not f for f in found):
                 found.append(owner)
+            elif isinstance(owner, Optimizer) and getattr(owner, "optimizer", None) is known:
+                optimizers.append(owner)
     parts = {id(part) for s in found for part in getattr(s, "_schedulers", ())}
-    whole = [s for s in found if id(s) not in parts and s.optimizer is optimizer]
-    return sorted(whole, key=lambda s: type(s).__qualname__)
+    return sorted((s for s in found if id(s) not in parts), key=lambda s: type(s).__qualname__)
+
+
+def _owners(thing: Any) -> Iterator[Any]:
+    """Objects with an attribute that is `thing`."""
+    for referrer in gc.get_referrers(thing):
+        yield from gc.get_referrers(referrer) if isinstance(referrer, dict) else [referrer]
 
 
 def _difference(now: Any, kept: Any) -> str:

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "fedflow"
 LAYERS = [  # lowest first; a part imports itself and what lies below
     {"errors"},  # the tree of errors
     {"types"},  # values that cross a boundary
-    {"tensors", "registry"},
+    {"tensors", "registry", "memory", "data"},
     {"algorithm"},  # the contracts
     {"algorithms", "schedules"},
     {"recipe"},

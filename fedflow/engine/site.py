@@ -38,6 +38,7 @@ from fedflow.local.model import build_model
 from fedflow.local.state import Memory, TrainingState
 from fedflow.local.training import training_of
 from fedflow.local.workload import Setup, check_workload
+from fedflow.memory import tidy
 from fedflow.recipe import Recipe, SiteConfig
 from fedflow.registry import call, resolve
 from fedflow.store.journal import Journal
@@ -111,7 +112,12 @@ def site_step(
         training = training_of(_workload(recipe, config, journal) if workload is None else workload, setup)
         update, state = _run_algorithm(recipe.algorithm, root, plan, config.name, recipe.seed, states, training)
         update = replace(update, attempt=work.attempt)
-        return _send(journal, plan, work, update, state, memory, states, time.monotonic() - started)
+        manifest = _send(journal, plan, work, update, state, memory, states, time.monotonic() - started)
+    del training, setup, memory, update, state
+    every = recipe.training_at(config.name).tidy_every
+    if every and (plan.round + 1) % every == 0:
+        tidy()
+    return manifest
 
 
 def _plan_of(journal: Journal, work: SiteWork) -> tuple[Plan, Opening]:

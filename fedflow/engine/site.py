@@ -205,7 +205,8 @@ def _send(
         opening=work.opening,
         attempt=work.attempt,
         seconds=seconds,
-        peak_rss=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_rss=max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        * 1024,
         numerics=dict(update.numerics),
         fedflow=__version__,
     )

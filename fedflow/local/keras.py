@@ -92,7 +92,7 @@ class KerasWorkload:
         if self.held_out is None:
             return {}
         model.push()
-        if model.keras.optimizer is None:
+        if getattr(model.keras, "optimizer", None) is None:
             self.compile(model.keras, Config())
         return numbers(model.keras.evaluate(*self.held_out, verbose=0, return_dict=True))
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from typing import Any
+from collections.abc import Callable, Collection, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -47,31 +46,46 @@ class Corrector:
         only:  ids of the parameters that are about to be stepped; None = all
         scale: what the gradients are multiplied with at this moment (an unfinished loss scaling)
         """
-        if self.correction.apply == "gradient":
-            for name, p in self._parameters.items():
-                if (only is None or id(p) in only) and (term := self._term(name, p)) is not None:
-                    if scale is not None:
-                        term.mul_(scale)
-                    p.grad = term if p.grad is None else p.grad.add_(term)
+        if self.correction.apply != "gradient":
+            return
+        names = [n for n, p in self._parameters.items() if only is None or id(p) in only]
+        terms = self.terms(names)
+        if scale is not None:
+            terms = {name: term * scale for name, term in terms.items()}
+        gradients = []
+        for name in terms:
+            p = self._parameters[name]
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            gradients.append(p.grad)
+        if gradients:
+            torch._foreach_add_(gradients, list(terms.values()))
 
     @torch.no_grad()
-    def after_step(self, lr: float | Callable[[nn.Parameter], float | None]) -> None:
+    def after_step(self, lr: Callable[[nn.Parameter], float | None]) -> None:
         """w ← w − lr·(offset + μ(w − x)), where that is when the correction applies. lr: per parameter, None = not stepped."""
         if self.correction.apply == "after_step":
-            for name, p in self._parameters.items():
-                rate = lr(p) if callable(lr) else lr
-                if rate is not None and (term := self._term(name, p)) is not None:
+            for name, term in self.terms().items():
+                p = self._parameters[name]
+                if (rate := lr(p)) is not None:
                     p.sub_(term, alpha=rate)
 
-    def terms(self) -> dict[str, Tensor]:
-        """offset + μ(w − x) by parameter, at this moment."""
-        found: dict[str, Any] = {name: self._term(name, p) for name, p in self._parameters.items()}
-        return {name: term for name, term in found.items() if term is not None}
-
     @torch.no_grad()
-    def _term(self, name: str, p: Tensor) -> Tensor | None:
-        offset = self._offset.get(name)
-        if not self.correction.proximal:
-            return None if offset is None else offset.to(p, copy=True)
-        pull = (p - self._start[name].to(p)).mul_(self.correction.proximal)
-        return pull if offset is None else pull.add_(offset.to(p))
+    def terms(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """offset + μ(w − x) by parameter, at this moment; read only. A few calls for all tensors: a step may be short."""
+        names = list(self._parameters if names is None else names)
+        if not self.correction.proximal or not names:
+            return {n: self._at_home(n, self._offset) for n in names if n in self._offset}
+        pulls = torch._foreach_sub([self._parameters[n] for n in names], [self._at_home(n, self._start) for n in names])
+        torch._foreach_mul_(pulls, self.correction.proximal)
+        terms = dict(zip(names, pulls, strict=True))
+        if both := [n for n in names if n in self._offset]:
+            torch._foreach_add_([terms[n] for n in both], [self._at_home(n, self._offset) for n in both])
+        return terms
+
+    def _at_home(self, name: str, tensors: dict[str, Tensor]) -> Tensor:
+        """The tensor where its parameter now is: the code may have moved or cast the model."""
+        tensor, p = tensors[name], self._parameters[name]
+        if tensor.device != p.device or tensor.dtype != p.dtype:
+            tensor = tensors[name] = tensor.to(p)
+        return tensor

@@ -12,6 +12,7 @@
     │   └── RoundAborted           a person stopped it
     ├── SiteError                  something at one site; the round decides what it means
     │   ├── UpdateInvalid          an update that does not count, with the reason
+    │   ├── TrainingInvalid        training code that cannot take part as it is; a retry would not help
     │   ├── SiteStateLost          the state that the plan names is not at the site
     │   └── OpeningClosed          the round went on without this site
     └── StoreError                 the object store
@@ -46,6 +47,7 @@ __all__ = [
     "StoreError",
     "StoreUnavailable",
     "StoreUnwritable",
+    "TrainingInvalid",
     "UnreachableError",
     "UpdateInvalid",
     "UserError",
@@ -119,6 +121,10 @@ class SiteError(FedflowError):
 
 class UpdateInvalid(SiteError):
     """An update that does not count; the text is the reason that manifest and UI show."""
+
+
+class TrainingInvalid(SiteError):
+    """The site's training code cannot take part as it is; a retry would not help."""
 
 
 class SiteStateLost(SiteError):

@@ -240,6 +240,14 @@ class LocalTraining(_Model):
     optimizer: Optimizer = Optimizer()
     clip_norm: Annotated[float, Field(gt=0)] | None = None
     """Largest global gradient norm before each step."""
+    config: dict[str, JsonValue] = {}
+    """What a training function or script of the site's own is given besides, under names of its choice."""
+    evaluate: Literal["after", "before", "both", "never"] = "after"
+    """When the site evaluates: its own model after the training, the received one before it ("before." in front of its metrics)."""
+    strict: bool = False
+    """Training code that has to be stopped after its steps, or data that cannot be resumed, is an error and not a warning."""
+    tidy_every: Annotated[int, Field(ge=0, strict=True)] = 0
+    """Give freed memory back to the system after every so many rounds; 0 = never."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:

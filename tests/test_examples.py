@@ -15,7 +15,9 @@ from fedflow.local import build_model
 from fedflow.recipe import Federation, Recipe
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-RECIPES = sorted(path for path in EXAMPLES.rglob("*.yaml") if path.name != "federation.yaml")
+RECIPES = sorted(
+    path for path in EXAMPLES.rglob("*.yaml") if path.name != "federation.yaml" and path.parent.name != "training"
+)
 
 
 def shortened(recipe: Recipe) -> Recipe:

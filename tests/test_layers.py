@@ -14,11 +14,12 @@ PACKAGE = Path(__file__).parents[1] / "fedflow"
 LAYERS = [  # lowest first; a part imports itself and what lies below
     {"errors"},  # the tree of errors
     {"types"},  # values that cross a boundary
-    {"tensors", "registry"},
+    {"tensors", "registry", "memory", "data"},
     {"algorithm"},  # the contracts
     {"algorithms", "schedules", "transforms"},
     {"recipe"},
     {"local", "store"},
+    {"client"},  # what training scripts call
     {"engine"},
     {"simulation", "plot", "testing", "template"},
     {"prefect, flows"},  # one part: what flows are made of, and who starts them

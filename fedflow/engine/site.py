@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -31,11 +31,14 @@ from fedflow.errors import (
     OpeningClosed,
     SiteError,
     SiteStateLost,
+    TrainingInvalid,
     UserError,
 )
 from fedflow.local.model import build_model
-from fedflow.local.training import LocalTrainer
-from fedflow.local.workload import check_workload
+from fedflow.local.state import Memory, TrainingState
+from fedflow.local.training import training_of
+from fedflow.local.workload import Setup, check_workload
+from fedflow.memory import tidy
 from fedflow.recipe import Recipe, SiteConfig
 from fedflow.registry import call, resolve
 from fedflow.store.journal import Journal
@@ -108,16 +111,17 @@ def site_step(
             if closes:
                 closes.step()
 
-        training = LocalTrainer(
-            model=model or build,
-            workload=_workload(recipe, config, journal) if workload is None else workload,
-            settings=recipe.training_at(config.name),
-            numerics=recipe.numerics,
-            on_step=on_step,
-        )
+        memory = Memory(lambda: states.read_training(plan.tasks[config.name].state_base))
+        setup = Setup(model or build, recipe.training_at(config.name), recipe.numerics, on_step, memory)
+        training = training_of(_workload(recipe, config, journal) if workload is None else workload, setup)
         update, state = _run_algorithm(recipe.computation, root, plan, config.name, recipe.seed, states, training)
         update = replace(update, attempt=work.attempt)
-        return _send(journal, plan, opening, work, update, state, states, time.monotonic() - started)
+        manifest = _send(journal, plan, opening, work, update, state, memory, states, time.monotonic() - started)
+    del training, setup, memory, update, state
+    every = recipe.training_at(config.name).tidy_every
+    if every and (plan.round + 1) % every == 0:
+        tidy()
+    return manifest
 
 
 def _plan_of(journal: Journal, work: SiteWork) -> tuple[Plan, Opening]:
@@ -180,14 +184,14 @@ def _send(
     work: SiteWork,
     update: Update,
     state: Any,
+    memory: Memory,
     states: _States,
     seconds: float,
 ) -> UpdateManifest:
     """Objects, site state, manifest: in this order. What was rejected before is sent under another key, to be judged anew."""
     prefix = journal.inbox(update.site, plan.round, plan.phase)
     again = any(key.startswith(f"{prefix}/") for key in opening.rejected)
-    record = write_state(states.store, f"{states.prefix}/objects", state)
-    keeps = bool(record.tensors or record.scalars)
+    kept = states.write_objects(state, memory.after)
     manifest = UpdateManifest(
         run=plan.run,
         nonce=plan.nonce,
@@ -202,17 +206,19 @@ def _send(
         groups={g: write_tensors(journal.store, prefix, t, heal=again) for g, t in update.tensors.items()},
         scalars=dict(update.scalars),
         metrics=finite(update.metrics),
-        state=record.digest() if keeps else None,
+        state=None if kept is None else kept.state_digest(),
+        training_state=memory.note,
         opening=work.opening,
         attempt=work.attempt,
         seconds=seconds,
-        peak_rss=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_rss=max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        * 1024,
         numerics=dict(update.numerics),
         fedflow=__version__,
     )
     digest = manifest.update_digest()
-    if keeps:
-        states.write(SiteStateRecord(update=digest, round=plan.round, phase=plan.phase, state=record))
+    if kept is not None:
+        states.write(kept.model_copy(update={"update": digest}))
     key = f"{prefix}/{digest.partition(':')[2]}.json"
     if key in opening.rejected:
         key = f"{key.removesuffix('.json')}-{opening.number}.json"
@@ -246,6 +252,26 @@ class _States:
                 site=site,
             ) from error
 
+    def read_training(self, base: str | None) -> TrainingState | None:
+        """What training kept with the accepted update `base`; None where there was none. Raises SiteError if it is lost."""
+        if base is None:
+            return None
+        try:
+            record = SiteStateRecord.from_bytes(self.store.get(self._key(base)))
+            found = record.training
+            return None if found is None else cast(TrainingState, read_state(self.store, TrainingState, found))
+        except (ObjectMissing, ObjectCorrupt, ValueError, TypeError) as error:
+            raise SiteError(f"training state lost: expected the one written with update {base}: {error}") from error
+
+    def write_objects(self, state: Any, training: TrainingState | None) -> SiteStateRecord | None:
+        """Write what the algorithm and the training remember; the record that will name it, or None if both have nothing."""
+        prefix = f"{self.prefix}/objects"
+        record = write_state(self.store, prefix, state)
+        kept = None if training is None else write_state(self.store, prefix, training)
+        if kept is None and not (record.tensors or record.scalars):
+            return None
+        return SiteStateRecord(update="", round=self.plan.round, phase=self.plan.phase, state=record, training=kept)
+
     def write(self, record: SiteStateRecord) -> None:
         with contextlib.suppress(ObjectExists):
             self.store.put(self._key(record.update), record.to_bytes())
@@ -261,11 +287,11 @@ class _States:
         if oldest is None:
             return
         kept = {key: r for key, r in records.items() if r.round >= oldest}
-        objects = {ref.key for r in kept.values() for ref in r.state.tensors.values()}
+        objects = {ref.key for r in kept.values() for ref in r.objects()}
         for key, record in records.items():
             if key not in kept:
                 self.store.delete(key)
-                for ref in record.state.tensors.values():
+                for ref in record.objects():
                     if ref.key not in objects:
                         self.store.delete(ref.key)
 
@@ -322,7 +348,7 @@ def failure_of(work: SiteWork, site: str, error: BaseException) -> Failure:
         attempt=work.attempt,
         reason=(error.reason if isinstance(error, FedflowError) else f"{type(error).__name__}: {error}")[:2000],
         traceback="" if foreseen else "".join(traceback.format_exception(error))[-20_000:],
-        heals=not isinstance(error, (UserError, SiteStateLost, OpeningClosed, KeyEscapesRoot)),
+        heals=not isinstance(error, (UserError, SiteStateLost, TrainingInvalid, OpeningClosed, KeyEscapesRoot)),
     )
 
 

@@ -226,4 +226,5 @@ class Contributor:
             peak_rss=m.peak_rss,
             attempt=m.attempt,
             numerics=m.numerics,
+            training_state=m.training_state,
         )

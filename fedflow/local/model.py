@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from fedflow.errors import CheckpointError, ResolveError, field_error
 from fedflow.registry import call, resolve
 from fedflow.types import Groups, TensorSpec, derive_seed
 
-__all__ = ["build_model", "load_checkpoint", "load_groups", "model_groups"]
+__all__ = ["build_model", "load_checkpoint", "load_groups", "model_groups", "with_aliases"]
 
 
 def build_model(path: str, args: Mapping[str, Any], *, seed: int = 0, **resolution: Any) -> nn.Module:
@@ -76,6 +76,19 @@ def mismatches(own: Mapping[str, Tensor], given: Mapping[str, Tensor], most: int
     return found if len(found) <= most else [*found[:most], f"and {len(found) - most} more"]
 
 
+def with_aliases(names: Iterable[str], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`tensors` under the model's `names`, where a PEFT adapter's were saved without the adapter's own name.
+
+    "x.lora_A.default.weight", if absent, is what "x.lora_A.weight" holds; an exact name goes before; others stay as they are.
+    """
+    found = dict(tensors)
+    for name in names:
+        head, dot, rest = name.partition(".default")
+        if dot and name not in tensors and head + rest in found:
+            found[name] = found.pop(head + rest)
+    return found
+
+
 def load_checkpoint(model: nn.Module, source: str) -> None:
     """Initialise `model` from a safetensors file or from a PyTorch file that holds tensors only.
 
@@ -92,6 +105,7 @@ def load_checkpoint(model: nn.Module, source: str) -> None:
         ) from error
     aliases = dict(model.named_parameters(remove_duplicate=False))
     first = {id(p): n for n, p in model.named_parameters()}
+    tensors = with_aliases(aliases, tensors)
     untied = {n: t for n, t in tensors.items() if n not in aliases or first[id(aliases[n])] == n}
     try:
         load_groups(model, {"checkpoint": untied})

@@ -4,14 +4,48 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from fedflow.algorithm import Training
 from fedflow.errors import ResolveError, field_error
+from fedflow.local.state import Memory
+from fedflow.recipe import LocalTraining, Numerics
 
-__all__ = ["TensorWorkload", "TorchWorkload", "check_evaluator", "check_workload"]
+__all__ = ["AdaptedWorkload", "Setup", "TensorWorkload", "TorchWorkload", "check_evaluator", "check_workload"]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a site gives to any kind of training besides its workload.
+
+    model:    makes the module that the recipe names
+    settings: the recipe's `training`, with this site's overrides
+    on_step:  called after every optimizer step with (steps done, steps planned or None); may raise to stop
+    memory:   what the site's training remembers
+    """
+
+    model: Callable[[], nn.Module]
+    settings: LocalTraining
+    numerics: Numerics
+    on_step: Callable[[int, int | None], None]
+    memory: Memory
+
+    def options(self, workload: Any) -> dict[str, Any]:
+        """The arguments of a trainer."""
+        return {"workload": workload, **{f.name: getattr(self, f.name) for f in fields(self)}}
+
+
+@runtime_checkable
+class AdaptedWorkload(Protocol):
+    """A workload that is no `TorchWorkload`: it says itself how it is trained."""
+
+    def training(self, setup: Setup) -> Training:
+        """The training that algorithms are given."""
+        ...
 
 
 class TorchWorkload(ABC):
@@ -83,6 +117,8 @@ class TensorWorkload(TorchWorkload):
 
 def check_workload(found: Any, field: str) -> Any:
     """`found` if it can be trained on, else ResolveError."""
+    if isinstance(found, AdaptedWorkload):
+        return found
     return _check(found, field, ("__len__", "batches", "loss"))
 
 

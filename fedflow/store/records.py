@@ -187,11 +187,12 @@ class UpdateManifest(_Record):
     peak_rss: Count = 0
     numerics: dict[str, JsonValue] = {}
     fedflow: str = ""
+    training_state: str | None = None
 
     def update_digest(self) -> str:
         """Names the update and the site state that commits with it."""
         parts = self.model_dump(
-            mode="json", exclude={"opening", "attempt", "seconds", "peak_rss", "numerics", "fedflow"}
+            mode="json", exclude={"opening", "attempt", "seconds", "peak_rss", "numerics", "fedflow", "training_state"}
         )
         return _digest(parts)
 
@@ -243,12 +244,27 @@ class StateRecord(_Record):
 
 
 class SiteStateRecord(_Record):
-    """`<site's url>/<run>-<nonce>/state/<update digest>.json`: what a site remembers if that update is accepted."""
+    """`<site's url>/<run>-<nonce>/state/<update digest>.json`: what a site remembers if that update is accepted.
+
+    state: the algorithm's; training: optimizer, scheduler, generators, place in the data, where the algorithm asked for it
+    """
 
     update: str
     round: int
     phase: str
     state: StateRecord
+    training: StateRecord | None = None
+
+    def state_digest(self) -> str:
+        """Names what is remembered, in the update that it goes with."""
+        if self.training is None:
+            return self.state.digest()
+        return _digest({"state": self.state.digest(), "training": self.training.digest()})
+
+    def objects(self) -> list[ObjectRef]:
+        """Every object that it names."""
+        training = self.training.tensors.values() if self.training else ()
+        return [*self.state.tensors.values(), *training]
 
 
 class SiteRecord(_Record):
@@ -275,6 +291,7 @@ class ContributorSummary(_Record):
     peak_rss: int = 0
     attempt: int = 1
     numerics: dict[str, JsonValue] = {}
+    training_state: str | None = None
 
 
 class Manifest(_Record):

@@ -4,7 +4,7 @@
     subprocess.run(["fedflow", "run", ...], env={**os.environ, **fault.environment()})  # dies before round 1 is committed
 
 The library has no hook for this. In the process that is to fail, `Fault.arm` wraps `ObjectStore.put` and
-`LocalTrainer.train`; `Fault.environment` does so in every Python process below one that is started with it, also in those
+`Trainer.train`; `Fault.environment` does so in every Python process below one that is started with it, also in those
 that a Prefect worker starts, as soon as they import fedflow's engine and not before.
 """
 
@@ -99,25 +99,25 @@ def watching(path: Path, base: Mapping[str, str] = os.environ) -> dict[str, str]
 
 def _arm(trap: _Trap) -> None:
     """Wrap the two places where a fault can strike."""
-    from fedflow.local.training import LocalTrainer
+    from fedflow.local.trainer import Trainer
     from fedflow.store.objects import ObjectStore
 
-    put, train = ObjectStore.put, LocalTrainer.train
+    put, train = ObjectStore.put, Trainer.train
 
     def faulty_put(store: ObjectStore, key: str, data: Any, **options: Any) -> None:
         trap.reached(f"{store.url}/{key}", "before", store)
         put(store, key, data, **options)
         trap.reached(f"{store.url}/{key}", "after", store)
 
-    def faulty_train(trainer: LocalTrainer, broadcast: Any, ctx: Any, **wishes: Any) -> Any:
+    def faulty_train(trainer: Trainer, broadcast: Any, ctx: Any, **options: Any) -> Any:
         def on_step(done: int, planned: int | None) -> None:
             trap.reached(f"training/{ctx.site}/{ctx.round:05d}/{done}", "after")
             trainer.on_step(done, planned)
 
-        return train(replace(trainer, on_step=on_step), broadcast, ctx, **wishes)
+        return train(replace(trainer, on_step=on_step), broadcast, ctx, **options)
 
     ObjectStore.put = faulty_put  # type: ignore[assignment,method-assign]
-    LocalTrainer.train = faulty_train  # type: ignore[assignment,method-assign]
+    Trainer.train = faulty_train  # type: ignore[assignment,method-assign]
 
 
 class _Trap:

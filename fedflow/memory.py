@@ -1,0 +1,25 @@
+"""Giving memory back."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+
+import torch
+
+__all__ = ["tidy"]
+
+
+def tidy() -> None:
+    """Collect cycles, return freed pages to the system (glibc keeps them otherwise), and empty CUDA's cache.
+
+    Costs some ten milliseconds; no result depends on it.
+    """
+    gc.collect()
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "malloc_trim"):  # glibc
+            libc.malloc_trim(0)
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.empty_cache()

@@ -49,7 +49,7 @@ class _Client:
 
     def _kept(self) -> Any:
         assert self.folder is not None
-        return exchange.read_state(self.folder / "in") if self.rank == 0 else None
+        return exchange.read_state(self.folder / "in" / str(self.rank))
 
     def begin(self, model: nn.Module) -> None:
         if self.session is not None:
@@ -86,6 +86,7 @@ class _Client:
             raise SiteError("client.send: found no call of client.receive before it, expected one; it loads the model")
         self.session.__exit__(None, None, None)
         self.stack.close()
+        exchange.write_state(self.folder / "out" / str(self.rank), self.memory.after)
         if self.rank == 0:
             self._write(metrics, self.examples if examples is None else examples)
 
@@ -93,8 +94,9 @@ class _Client:
         assert self.folder is not None and self.session is not None
         out = self.folder / "out"
         exchange.write_groups(out, self.session.groups())
-        exchange.write_state(out, self.memory.after)
-        Result(examples, self.session.done, self.session.lr_sum, numbers(metrics), self.memory.note).write(out)
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        done, lr_sum = self.session.done, self.session.lr_sum
+        Result(examples, done, lr_sum, numbers(metrics), self.memory.note, processes).write(out)
 
 
 _CLIENT: _Client | None = None

@@ -1,7 +1,7 @@
 """What goes into a training in a process of its own, and comes out of it: safetensors and JSON in a folder.
 
-task.json, in/<group>.safetensors, in/offset.safetensors, in/state.{json,safetensors}     written before it starts
-out/result.json, out/<group>.safetensors, out/state.{json,safetensors}                    result.json last
+task.json, in/<group>.safetensors, in/offset.safetensors, in/<rank>/state.{json,safetensors}     written before it starts
+out/result.json, out/<group>.safetensors, out/<rank>/state.{json,safetensors}                    result.json last
 progress                                                                                  steps so far
 """
 
@@ -78,13 +78,17 @@ class Task:
 
 @dataclass(frozen=True)
 class Result:
-    """What a script returns besides tensors. state: the training state's note ("continued", "fresh (...)")."""
+    """What a script returns besides tensors.
+
+    state: the training state's note ("continued", "fresh (...)"); processes: how many there were, each with its own state
+    """
 
     examples: int | None
     steps: int
     lr_sum: float
     metrics: Mapping[str, float] = field(default_factory=dict)
     state: str | None = None
+    processes: int = 1
 
     def write(self, folder: Path) -> None:
         """The last file: with it the output is complete."""
@@ -117,6 +121,7 @@ def read_groups(folder: Path, names: tuple[str, ...] = GROUPS) -> dict[str, dict
 
 def write_state(folder: Path, state: TrainingState | None) -> None:
     """Both files, or, where there is no state, neither."""
+    folder.mkdir(parents=True, exist_ok=True)
     for name in ("state.json", "state.safetensors"):
         (folder / name).unlink(missing_ok=True)
     if state is not None:
@@ -140,7 +145,8 @@ def read_result(folder: Path) -> Result:
     try:
         result = Result(**json.loads((folder / "result.json").read_text()))
         numbers = [result.steps, result.lr_sum, *result.metrics.values()]
-        if not all(isinstance(n, (int, float)) for n in numbers) or type(result.steps) is not int:
+        whole = type(result.steps) is int and type(result.processes) is int
+        if not all(isinstance(n, (int, float)) for n in numbers) or not whole:
             raise ValueError(f"found {result}")
     except FileNotFoundError:
         raise SiteError("it sent nothing; call fedflow.client.send() after the training") from None

@@ -27,7 +27,7 @@ from fedflow.local import exchange, guard, numerics
 from fedflow.local.exchange import Task
 from fedflow.local.function import config_for
 from fedflow.local.model import mismatches, model_groups
-from fedflow.local.state import TrainingState
+from fedflow.local.state import TrainingState, join, split
 from fedflow.local.trainer import Request, Trainer, place_of
 from fedflow.local.workload import Setup
 from fedflow.types import Groups, RoundContext
@@ -100,15 +100,14 @@ class ScriptTrainer(Trainer):
         (folder / "out").mkdir()
         inputs = {group: broadcast[group] for group in exchange.GROUPS}
         exchange.write_groups(folder / "in", {**inputs, "offset": request.correction.offset})
-        exchange.write_state(folder / "in", self._kept(request))
+        for rank, state in enumerate(self._kept(request)):
+            exchange.write_state(folder / "in" / str(rank), state)
         self._task(request).write(folder)
 
-    def _kept(self, request: Request) -> TrainingState | None:
-        """What the script's training goes on with; a state that is lost is a fresh start."""
-        if request.memory is None:
-            return None
-        request.memory.before()
-        return request.memory.kept
+    def _kept(self, request: Request) -> list[TrainingState]:
+        """What the script's processes go on with; a state that is lost is a fresh start."""
+        kept = None if request.memory is None else request.memory.read()
+        return [] if kept is None else split(kept)
 
     def _task(self, request: Request) -> Task:
         ctx, correction = request.ctx, request.correction
@@ -131,7 +130,7 @@ class ScriptTrainer(Trainer):
         try:
             result = exchange.read_result(folder / "out")
             groups = exchange.read_groups(folder / "out")
-            state = exchange.read_state(folder / "out")
+            states = [exchange.read_state(folder / "out" / str(rank)) for rank in range(result.processes)]
             for group, own in model_groups(model).items():
                 if problems := mismatches(own, groups[group]):
                     raise SiteError(f"{group}: {'; '.join(problems)}; send the model that was received")
@@ -143,7 +142,7 @@ class ScriptTrainer(Trainer):
         except SiteError as error:
             raise _failed(f"the script's output does not count: {error.reason}", request.ctx) from error
         if request.memory is not None:
-            request.memory.leave(state, result.state)
+            request.memory.leave(join([state for state in states if state is not None]), result.state)
         return LocalResult(
             **groups,
             examples=examples,

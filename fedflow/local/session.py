@@ -78,7 +78,8 @@ class Session:
         self._parameters = dict(model.named_parameters())
         self._trainable = {name: p.requires_grad for name, p in self._parameters.items()}
         self._optimizer: Optimizer | None = None
-        self._rates: dict[int, float] = {}
+        self._rate, self._rates = 0.0, dict[int, float]()
+        self._stepped: tuple[list[int], set[int]] = ([], set())
         self._corrected = self._manual = False
         self._streams: list[Stream] = []
         self._place = dict(place or {})
@@ -150,7 +151,9 @@ class Session:
         self._check_trainable()
         if self._preserved is not None:
             self._preserved.restore(optimizer)
-        self._rates = {id(p): float(g["lr"]) for g in optimizer.param_groups for p in g["params"]}
+        self._rate = float(optimizer.param_groups[0]["lr"])
+        if self._corrector is not None and self.correction.apply == "after_step":
+            self._rates = {id(p): float(g["lr"]) for g in optimizer.param_groups for p in g["params"]}
         self._check_rates(optimizer)
         if self._corrector is None:
             return None
@@ -166,8 +169,10 @@ class Session:
         again: also if the last ones that were corrected were never stepped (a loss scaler skipped them)
         """
         if self._corrector is not None and (again or not self._corrected):
-            ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            self._corrector.before_step(ids, getattr(optimizer, "grad_scale", None))
+            sizes = [len(group["params"]) for group in optimizer.param_groups]
+            if self._stepped[0] != sizes:
+                self._stepped = sizes, {id(p) for group in optimizer.param_groups for p in group["params"]}
+            self._corrector.before_step(self._stepped[1], getattr(optimizer, "grad_scale", None))
             self._corrected = True
 
     def after_step(self, optimizer: Optimizer) -> None:
@@ -178,7 +183,7 @@ class Session:
             return
         if self._corrector is not None:
             self._corrector.after_step(lambda p: self._rates.get(id(p)))
-        self._count(float(self._rates[id(next(p for g in optimizer.param_groups for p in g["params"]))]))
+        self._count(self._rate)
 
     def correct(self, model: nn.Module, lr: float) -> None:
         """For loops that step without a torch optimizer: call after each step that was taken with learning rate `lr`.
@@ -242,7 +247,7 @@ class Session:
             )
         if self.correction and self.correction.assumes_sgd:
             self._check_sgd(optimizer)
-        self._optimizer = optimizer
+        self._optimizer, self._stepped = optimizer, ([], set())
 
     def _check_sgd(self, optimizer: Optimizer) -> None:
         if not isinstance(optimizer, torch.optim.SGD):

@@ -24,7 +24,7 @@ from fedflow.errors import SiteError
 from fedflow.local.generators import generators, set_generators
 from fedflow.types import Tensors, canonical_json
 
-__all__ = ["Memory", "Preserved", "TrainingState", "decode", "encode", "schedulers_of"]
+__all__ = ["Memory", "Preserved", "TrainingState", "decode", "encode", "join", "schedulers_of", "split"]
 
 log = logging.getLogger(__name__)
 
@@ -57,17 +57,27 @@ class Memory:
 
     def before(self) -> Any:
         """The tree that was kept, or None; `note` says which."""
+        state = self.read()
+        if state is None:
+            return None
         try:
-            state = self._read()
-            tree = None if state is None else decode(state)
-            if tree is not None and (missing := _PARTS - tree.keys()):
+            tree = decode(state)
+            if missing := _PARTS - tree.keys():
                 raise ValueError(f"found nothing of {min(missing)!r} in what was kept")
-        except (SiteError, ValueError, LookupError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             self.fresh(str(error))
             return None
-        self.kept = state
-        self.note = "fresh (first participation)" if tree is None else "continued"
         return tree
+
+    def read(self) -> TrainingState | None:
+        """What was kept, as it is; None where there was nothing or it is lost."""
+        try:
+            self.kept = self._read()
+        except SiteError as error:
+            self.fresh(str(error))
+            return None
+        self.note = "fresh (first participation)" if self.kept is None else "continued"
+        return self.kept
 
     def leave(self, after: TrainingState | None, note: str | None) -> None:
         """What a training in another process says."""
@@ -247,6 +257,25 @@ def _named(kind: str, path: str, tensor: Tensor, tensors: dict[str, Tensor]) -> 
     name = f"{len(tensors)}:{path}"
     tensors[name] = tensor
     return {kind: name}
+
+
+def join(states: list[TrainingState]) -> TrainingState | None:
+    """The states of several processes as one; None where there are none."""
+    tensors = {f"{rank}/{name}": t for rank, state in enumerate(states) for name, t in state.tensors.items()}
+    return TrainingState(tensors, canonical_json([s.structure for s in states]).decode()) if states else None
+
+
+def split(state: TrainingState) -> list[TrainingState]:
+    """What `join` joined; nothing where it is something else."""
+    try:
+        structures = json.loads(state.structure)
+    except ValueError:
+        return []
+    parts = structures if isinstance(structures, list) else []
+    return [
+        TrainingState({n.partition("/")[2]: t for n, t in state.tensors.items() if n.startswith(f"{rank}/")}, part)
+        for rank, part in enumerate(parts)
+    ]
 
 
 def decode(state: TrainingState) -> Any:

@@ -141,6 +141,56 @@ def test_two_processes_of_torchrun_are_one_training(tmp_path: Path) -> None:
     assert found.steps == 3 and found.metrics == {"rank": 0.0}
 
 
+RANKS = """
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from torch.nn.parallel import DistributedDataParallel
+from fedflow import client
+from tests.builders import blobs
+
+torch.distributed.init_process_group("gloo")
+model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.3), nn.Linear(8, 3))
+task = client.receive(model)
+torch.manual_seed(torch.distributed.get_rank())
+wrapped = DistributedDataParallel(model)
+optimizer = torch.optim.AdamW(wrapped.parameters(), lr=0.01)
+data = TensorDataset(*blobs(22, seed=1))
+for inputs, targets in client.data(DataLoader(data, batch_size=4, sampler=DistributedSampler(data))):
+    optimizer.zero_grad()
+    nn.functional.cross_entropy(wrapped(inputs), targets).backward()
+    optimizer.step()
+client.send(examples=22)
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_every_process_of_torchrun_goes_on_from_its_own_state(tmp_path: Path) -> None:
+    """Dropout and shuffling differ by rank; two rounds of four steps are one of eight, bitwise."""
+    (tmp_path / "ranks.py").write_text(RANKS)
+    workload = ScriptWorkload(
+        f"torchrun --standalone --nproc_per_node=2 {tmp_path / 'ranks.py'}", environment={"OMP_NUM_THREADS": "1"}
+    )
+
+    def model() -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.3), nn.Linear(8, 3))
+
+    begin = {n: p.detach().clone() for n, p in model().named_parameters()}
+
+    def run(rounds: int, steps: int) -> Any:
+        broadcast, kept = {"params": begin, "frozen": {}, "buffers": {}}, None
+        for number in range(rounds):
+            memory = Memory(lambda kept=kept: kept)  # type: ignore[misc]
+            setup = Setup(model, LocalTraining(), Numerics(), lambda done, planned: None, memory)
+            found = training_of(workload, setup).train(broadcast, context(number), steps=steps, preserve=True)
+            broadcast, kept = {"params": found.params, "frozen": {}, "buffers": {}}, memory.after
+        assert memory.note == ("continued" if rounds > 1 else "fresh (first participation)")
+        return found
+
+    split, whole = run(2, 4), run(1, 8)
+    assert all(torch.equal(split.params[n], whole.params[n]) for n in whole.params)
+
+
 def test_started_by_hand_it_runs_once() -> None:
     import subprocess
 

@@ -195,13 +195,13 @@ def test_a_cast_broadcast_is_half_the_bytes_and_sites_train_from_what_they_recei
     assert sizes[1] < 0.52 * sizes[0] + 500
 
 
-def test_a_learning_rate_of_0_sends_nothing_even_from_a_rounded_broadcast() -> None:
-    """y = the rounded x, so y − x is 0 and the model stays."""
+def test_a_training_that_moves_nothing_sends_nothing_even_from_a_rounded_broadcast() -> None:
+    """The learning rate is 0 in float32: y = the rounded x, so y − x is 0 and the model stays."""
     still = recipe(
         algorithm=FEDAVG,
         model=f"{__name__}:Wide",
         transforms=[{"kind": "cast", "broadcast": True}, {"kind": "quantise", "groups": ["delta.bfloat16"]}],
-        training={"optimizer": {"lr": 0.0}},
+        training={"optimizer": {"lr": 1e-60}},
     )
     journal = run(still)
     first, last = journal.manifest(-1, "initial"), head(journal)

@@ -152,7 +152,7 @@ def test_unknown_run_in_a_store(trained: Project) -> None:
         ("resume points-1 --timeout round_deadline=soon", ["timeouts.round_deadline", "'soon'"]),
         ("resume points-1 --timeout dead_line=1m", ["timeouts.dead_line", "unknown field"]),
         ("resume points-1 --timeout train_timeout=3h", ["train_timeout", "round_deadline"]),
-        ("resume points-1 --rounds 2", ["--rounds", "found 2", "at least the 3 rounds"]),
+        ("resume points-1 --rounds 2", ["rounds", "found 2", "at least the 3 that are committed"]),
         ("resume points-1 --add-site ../x", ["name", "'../x'"]),
         ("extend points-1 --rounds 3", ["--rounds", "found 3", "more than 3"]),
         ("logs points-1 --site site-9", ["--site", "'site-9'", "site-1"]),

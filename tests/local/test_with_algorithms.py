@@ -52,8 +52,7 @@ def model_of(journal: Journal) -> dict[str, torch.Tensor]:
 def close(journal: Journal, expected: Mapping[str, torch.Tensor]) -> None:
     found = model_of(journal)
     assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-6, msg=lambda text: f"{name}: {text}")
+    torch.testing.assert_close(found, dict(expected), rtol=1e-6, atol=1e-6)
 
 
 def steps_of(journal: Journal) -> list[list[int]]:

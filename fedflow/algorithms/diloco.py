@@ -84,7 +84,7 @@ class DiLoCo(Averaging):
         plain = averaged(state, aggregate)
         groups = {group: dict(tensors) for group, tensors in self.model(plain).items()}
         momentum = self._still_fitting(state)
-        for group, name, g in self._outer_gradients(state, aggregate):
+        for group, name, g, y in self._outer_gradients(state, aggregate):
             groups[group][name], m = sgd_step(
                 getattr(state, group)[name],
                 g,
@@ -92,19 +92,24 @@ class DiLoCo(Averaging):
                 lr=self.outer_learning_rate,
                 momentum=0.0 if self.outer_optimizer == "sgd" else self.outer_momentum,
                 nesterov=self.outer_optimizer == "nesterov",
+                y=y,
             )
             momentum |= {} if m is None else {name: m}
         return replace(plain, **groups, momentum=momentum)
 
-    def _outer_gradients(self, state: DiLoCoState, aggregate: Aggregate) -> Iterator[tuple[str, str, Tensor]]:
-        """(group, name, g) of every tensor that the outer optimizer steps."""
-        yield from (("params", name, -delta) for name, delta in mean_delta(state.params, aggregate).items())
+    def _outer_gradients(
+        self, state: DiLoCoState, aggregate: Aggregate
+    ) -> Iterator[tuple[str, str, Tensor, Tensor | None]]:
+        """(group, name, g, mean of the yᵢ if they were sent) of every tensor that the outer optimizer steps."""
+        ends = aggregate.tensors.get("params", {})
+        for name, delta in mean_delta(state.params, aggregate).items():
+            yield "params", name, -delta, ends.get(name)
         if self.apply_outer_optimizer_to == "all_floating":
             for group in ("frozen", "buffers"):
                 x = getattr(state, group)
                 for name, mean in aggregate.tensors.get(group, {}).items():
                     if x[name].is_floating_point():
-                        yield group, name, x[name].double() - mean.double()
+                        yield group, name, x[name].double() - mean.double(), mean
 
     def _still_fitting(self, state: DiLoCoState) -> dict[str, Tensor]:
         """Momentum of tensors that are still there, in the shape and dtype that it was made for."""

@@ -96,7 +96,7 @@ class Scaffold(Averaging):
     def site_update(
         self, broadcast: Groups, site_state: ScaffoldSite, work: Training, ctx: RoundContext
     ) -> tuple[Update, ScaffoldSite]:
-        start, c_i = self.start(broadcast, site_state), site_state.control
+        start, c_i = self.start(broadcast, site_state), _fitting(site_state.control, broadcast["control"], ctx)
         share = 1.0 if self.compat == "nvflare" else float(ctx.num_sites)
         c = {n: total.double() / share for n, total in broadcast["control"].items()}
         local = work.train(start, ctx, correction=self._correction(c, c_i))
@@ -131,6 +131,20 @@ class Scaffold(Averaging):
             f"training.optimizer.kind: found {kind!r}, expected 'sgd', for which SCAFFOLD's mathematics hold; "
             "choose it, or set algorithm.allow_adaptive: true"
         ]
+
+
+def _fitting(c_i: Tensors, control: Tensors, ctx: RoundContext) -> Tensors:
+    """What the site kept, if it is a finite control variate of this model."""
+    shapes = [{n: tuple(t.shape) for n, t in tensors.items()} for tensors in (c_i, control)]
+    for name in shapes[0].keys() | shapes[1].keys():
+        found, expected = (s.get(name) for s in shapes)
+        if found != expected:
+            raise _error(
+                f"the site's control variate of {name}: found {found}, expected {expected}; start it anew", ctx
+            )
+    if problem := non_finite({"control": c_i}):
+        raise _error(f"the site's control variate is not finite: {problem}; start it anew", ctx)
+    return c_i
 
 
 def _error(message: str, ctx: RoundContext) -> SiteError:

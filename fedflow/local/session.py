@@ -82,6 +82,7 @@ class Session:
         self._stepped: tuple[list[int], set[int]] = ([], set())
         self._corrected = self._manual = False
         self._streams: list[Stream] = []
+        self._buffers: dict[str, Tensor] = {}
         self._place = dict(place or {})
         self._preserved = Preserved(memory, self._names) if memory is not None else None
 
@@ -213,8 +214,10 @@ class Session:
         self.lr_sum += lr
         for stream in self._streams:
             stream.commit()
-        if self.done == self.planned and self._preserved is not None:
-            self._preserved.note_generators()
+        if self.done == self.planned:
+            self._buffers = {n: b.clone() for n, b in model_groups(self.model)["buffers"].items()}
+            if self._preserved is not None:
+                self._preserved.note_generators()
         self.on_step(self.done, self.planned)
 
     def _closure(self, closure: Callable[[], Any], optimizer: Optimizer) -> Any:
@@ -303,6 +306,7 @@ class Session:
                 "loop over the data until it ends, without a limit of your own",
             )
         if self.stopped:
+            self._take_back()
             self._warn_stopped()
         if self._preserved is not None:
             self._preserved.capture(self._optimizer, [stream.place() for stream in self._streams])
@@ -318,6 +322,13 @@ class Session:
                 "the model's own",
                 "change them in place",
             )
+
+    @torch.no_grad()
+    def _take_back(self) -> None:
+        """Buffers as the last step left them: code that was stopped has read a batch more, which moved statistics."""
+        for name, buffer in model_groups(self.model)["buffers"].items():
+            if name in self._buffers:
+                buffer.copy_(self._buffers[name])
 
     def _warn_stopped(self) -> None:
         text = (

@@ -80,7 +80,9 @@ def mnist_by_hand(site: str) -> Site:
         for _ in range(3):
             model.train()
             for inputs, targets in train_loader:
-                descent.step(F.nll_loss(model(inputs), targets), rate)
+                if descent.step(F.nll_loss(model(inputs), targets), rate):
+                    memory["rate"] = rate
+                    return
             if foreign.test(model, test_loader) > 0.8:
                 break
             rate *= 0.7
@@ -103,6 +105,19 @@ def test_pytorchs_mnist_example(kind: str, capsys: pytest.CaptureFixture[str]) -
     steps = [number for numbers in steps_of(journal) for number in numbers]
     assert {8, 16, 24} & set(steps) and {6, 12, 18} & set(steps) and set(steps) <= {6, 8, 12, 16, 18, 24}
     assert set(steps) - {18, 24}, "somebody returned early"
+
+
+def test_pytorchs_mnist_example_for_seven_steps(caplog: pytest.LogCaptureFixture) -> None:
+    """It does not read the data that it is given: it is stopped before the eighth step, in its second epoch at one site,
+    and what that would have read moves no statistics and no random state."""
+    data = {s: foreign.digits(s) for s in SITES}
+    work = {s: FunctionWorkload(foreign.mnist, d, examples=len(d[0])) for s, d in data.items()}
+    journal = simulated("diloco", "tests.local.foreign:Net", work, rounds=3, training=MNIST)
+    assert "the training went on after its 7 steps and was stopped" in caplog.text
+    sites = {s: mnist_by_hand(s) for s in SITES}
+    model = build_model("tests.local.foreign:Net", {}, seed=SEED)
+    close(journal, federated("diloco", model, sites, rounds=3, seed=SEED, H=H))
+    assert steps_of(journal) == [[H, H]] * 3
 
 
 # -- as NVFlare's CIFAR-10 example -------------------------------------------------------------------------------------

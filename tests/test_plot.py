@@ -90,7 +90,22 @@ def test_the_same_run_is_drawn_in_each_format(tmp_path: Path) -> None:
     of = summary([round_of(0, ["site-1"], [], None)], ["site-1"], None)
     assert plot_run(of, tmp_path / "a.png").read_bytes().startswith(b"\x89PNG\r\n")
     assert plot_run(of, tmp_path / "a.pdf").read_bytes().startswith(b"%PDF")
-    assert "matplotlib.pyplot" not in sys.modules  # nothing of the caller's own figures is touched
+
+
+def test_the_callers_own_figures_and_settings_are_not_touched(tmp_path: Path) -> None:
+    import matplotlib
+    from matplotlib import pyplot  # in the test: another test imports this module where there is no matplotlib
+
+    own = pyplot.figure()
+    settings = dict(matplotlib.rcParams)
+    try:
+        plot_run(summary([round_of(0, ["site-1"], [], None)], ["site-1"], None), tmp_path / "a.png")
+        assert pyplot.get_fignums() == [own.number]
+        assert pyplot.gcf() is own
+        assert own.axes == []
+        assert dict(matplotlib.rcParams) == settings
+    finally:
+        pyplot.close(own)
 
 
 def test_mistakes(tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ __all__ = [
     "RESERVED",
     "Backend",
     "Blocks",
+    "Buffers",
     "Data",
     "Ranges",
     "connect",
@@ -53,6 +54,7 @@ __all__ = [
 
 Data = bytes | memoryview
 Blocks = list[bytes]
+Buffers = Sequence[memoryview]  # of bytes, writable, to be filled one after the other
 Ranges = Sequence[tuple[int, int]]  # start, end (exclusive), in bytes
 Publish = Callable[[Path, Path], object]  # gives a temporary file its name
 
@@ -65,6 +67,8 @@ _CLIENT = {"connect_timeout": 10, "timeout": 120}  # seconds; the second for a w
 _RETRY = {"max_retries": 100, "retry_timeout": 60, "backoff": {"init_backoff": 0.1, "max_backoff": 10, "base": 3}}
 _DOWNLOAD = 32 << 20  # bytes a request
 _UPLOAD, _UPLOADS = 8 << 20, 4  # bytes a request, requests at once
+_STEP = 1 << 20  # bytes of a file that are read at once: they are still in the processor's cache when they are hashed
+_STEP_BUFFERS = 512  # filled at once; the kernel takes 1024
 _WRITER = "fedflowwriter"  # metadata of a created object; a name that Azure takes too
 
 _SECRET = re.compile(r"key|secret|token|passw|credential|(^|_)(sas|sig)", re.IGNORECASE)
@@ -101,6 +105,10 @@ class Backend(Protocol):
     def get(self, key: str) -> bytes: ...
     def get_ranges(self, key: str, ranges: Ranges) -> Blocks: ...  # no range is empty; a block may be short at the end
     def get_sized(self, key: str, start: int, end: int) -> tuple[bytes, int]: ...  # the range, the size of the object
+    def fill(self, key: str, start: int, buffers: Buffers) -> Iterator[tuple[memoryview, int]]:
+        """Fill `buffers` from `start` on: each piece as soon as it is there, with the size of the object. Stops at its end."""
+        ...
+
     def size(self, key: str) -> int: ...
     def find(self, prefix: str) -> Iterable[str]: ...
     def delete(self, key: str) -> None: ...  # FileNotFoundError is fine
@@ -306,9 +314,23 @@ class _Local:
         with self._open(key) as file:
             return _read_at(file, start, end), _size(file)
 
+    def fill(self, key: str, start: int, buffers: Buffers) -> Iterator[tuple[memoryview, int]]:
+        """Through no mapping, whose pages would count as this process's memory; nor is what was read kept in the page cache."""
+        with self._open(key, buffering=0) as file:
+            size, end = _size(file), start + sum(map(len, buffers))
+            _advise(file, start, end, "POSIX_FADV_WILLNEED")
+            at = start
+            for step in _steps(buffers):
+                read = os.preadv(file.fileno(), step, at)
+                at += read
+                yield from ((view, size) for view in _filled(step, read))
+                if read < sum(map(len, step)):
+                    break
+            _advise(file, start, end, "POSIX_FADV_DONTNEED")
+
     @contextmanager
-    def _open(self, key: str) -> Iterator[IO[bytes]]:
-        with _directory_is_no_object(), self._path(key).open("rb") as file:
+    def _open(self, key: str, buffering: int = -1) -> Iterator[IO[bytes]]:
+        with _directory_is_no_object(), self._path(key).open("rb", buffering=buffering) as file:
             yield file
 
     def size(self, key: str) -> int:
@@ -403,6 +425,48 @@ def _read_at(file: IO[bytes], start: int, end: int) -> bytes:
 
 def _size(file: IO[bytes]) -> int:
     return os.fstat(file.fileno()).st_size
+
+
+def _advise(file: IO[bytes], start: int, end: int, advice: str) -> None:
+    """Tell the kernel of a large range, where it listens (Linux)."""
+    if end - start >= _STEP and hasattr(os, advice):
+        os.posix_fadvise(file.fileno(), start, end - start, getattr(os, advice))
+
+
+def _steps(buffers: Buffers) -> Iterator[Buffers]:
+    """`buffers` in portions of at most `_STEP` bytes."""
+    portion: list[memoryview] = []
+    room = _STEP
+    for buffer in buffers:
+        while len(buffer):
+            head, buffer = buffer[:room], buffer[room:]
+            portion.append(head)
+            room -= len(head)
+            if not room or len(portion) == _STEP_BUFFERS:
+                yield portion
+                portion, room = [], _STEP
+    if portion:
+        yield portion
+
+
+def _filled(buffers: Buffers, count: int) -> Iterator[memoryview]:
+    """The first `count` bytes of `buffers`; one empty piece if there are none."""
+    if not count:
+        yield memoryview(b"")
+    for buffer in buffers:
+        if count <= 0:
+            return
+        yield buffer[:count]
+        count -= len(buffer)
+
+
+def _scatter(data: bytes, size: int, buffers: Buffers) -> Iterator[tuple[memoryview, int]]:
+    """Fill `buffers` from `data`, the bytes of an object of `size`."""
+    rest = memoryview(data)
+    for buffer in buffers:
+        head, rest = rest[: len(buffer)], rest[len(buffer) :]
+        buffer[: len(head)] = head
+    yield from ((view, size) for view in _filled(buffers, len(data)))
 
 
 def _files(directory: str) -> Iterator[str]:
@@ -531,6 +595,9 @@ class _Cloud:
             found = _obstore().get_ranges(self._store, self._prefix + key, starts=starts, ends=ends)
             blocks += [bytes(block) for block in found]
         return blocks
+
+    def fill(self, key: str, start: int, buffers: Buffers) -> Iterator[tuple[memoryview, int]]:
+        yield from _scatter(*self.get_sized(key, start, start + sum(map(len, buffers))), buffers)
 
     def size(self, key: str) -> int:
         return int(_obstore().head(self._store, self._prefix + key)["size"])
@@ -664,6 +731,9 @@ class _Fsspec:
     def get_sized(self, key: str, start: int, end: int) -> tuple[bytes, int]:
         size = self.size(key)
         return self.get_ranges(key, [(start, min(end, size))])[0] if start < min(end, size) else b"", size
+
+    def fill(self, key: str, start: int, buffers: Buffers) -> Iterator[tuple[memoryview, int]]:
+        yield from _scatter(*self.get_sized(key, start, start + sum(map(len, buffers))), buffers)
 
     def size(self, key: str) -> int:
         self._fs.invalidate_cache()

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import re
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
@@ -33,7 +33,7 @@ from fedflow.errors import (
     StoreError,
     StoreUnwritable,
 )
-from fedflow.store.backends import RESERVED, Backend, Blocks, Data, Ranges, connect, key_problem
+from fedflow.store.backends import RESERVED, Backend, Blocks, Buffers, Data, Ranges, connect, key_problem
 
 __all__ = ["CHUNK_SIZE", "ObjectRef", "ObjectStore", "digest"]
 
@@ -75,7 +75,7 @@ class ObjectRef:
     @classmethod
     def of(cls, key: str, data: Data, chunk_size: int = CHUNK_SIZE) -> Self:
         """The reference of `data` under `key`."""
-        return cls(key, *_measure(data, chunk_size))
+        return cls(key, *_measure([data], chunk_size))
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types only."""
@@ -149,8 +149,8 @@ class _Meter:
         return self._size, f"blake3:{self._whole.hexdigest()}", self._chunk_size, chunks
 
 
-def _measure(data: Data, chunk_size: int) -> tuple[int, str, int, tuple[str, ...]]:
-    meter = _Meter([data], chunk_size)
+def _measure(parts: Iterable[Data], chunk_size: int) -> tuple[int, str, int, tuple[str, ...]]:
+    meter = _Meter(parts, chunk_size)
     for _ in meter:
         pass
     return meter.result()
@@ -272,15 +272,31 @@ class ObjectStore:
 
         heal: unless it is damaged, for which it is read
         """
-        measured = _measure(data, chunk_size)
+        return self.write_parts(prefix, lambda: [data], suffix, chunk_size=chunk_size, heal=heal)
+
+    def write_parts(
+        self,
+        prefix: str,
+        parts: Callable[[], Iterable[Data]],
+        suffix: str = "",
+        *,
+        chunk_size: int = CHUNK_SIZE,
+        heal: bool = False,
+    ) -> ObjectRef:
+        """The same of parts that are made anew to be measured and to be sent: memory holds a few of them, not the object."""
+        measured = _measure(parts(), chunk_size)
         name = f"{measured[1].removeprefix('blake3:')}{suffix}"
         ref = ObjectRef(f"{prefix}/{name}" if prefix else name, *measured)
         try:
             there = self.size(ref.key) == ref.size and (not heal or bool(self.read(ref)) or not ref.size)
         except (ObjectMissing, ObjectCorrupt):
             there = False
-        if not there:
-            self.put(ref.key, data, mode="overwrite")
+        if there:
+            return ref
+        if ref.size <= chunk_size:
+            self.put(ref.key, b"".join(parts()), mode="overwrite")
+        elif self.write_stream(ref.key, parts(), chunk_size=chunk_size) != ref:
+            raise self._corrupt(ref.key, ref.digest, "other bytes when they were sent than when they were measured")
         return ref
 
     def write_stream(self, key: str, parts: Iterable[Data], *, chunk_size: int = CHUNK_SIZE) -> ObjectRef:
@@ -309,7 +325,8 @@ class ObjectStore:
         if (start, end) != (0, ref.size):
             return self.read_ranges(ref, [(start, end)])[0]
         data = self._read_sized(ref, 0, ref.size)
-        self._verify(ref, "", ref.digest, data)
+        if (found := digest(data)) != ref.digest:
+            raise self._corrupt(ref.key, ref.digest, found)
         return data
 
     def read_ranges(self, ref: ObjectRef, ranges: Ranges) -> Blocks:
@@ -329,6 +346,27 @@ class ObjectStore:
                     blocks[number] = data[start - first : end - first]
         return blocks
 
+    def fill(self, ref: ObjectRef, start: int, buffers: Buffers) -> Iterator[memoryview]:
+        """Fill `buffers` with the object's bytes from `start` on, unverified: each piece as soon as it is there.
+
+        Raises ObjectMissing, or ObjectCorrupt where the object has another size than `ref`. For `fedflow.store.reading`.
+        """
+        left = sum(map(len, buffers))
+        with self._errors("read", self._checked(ref.key)):
+            for view, size in self._backend.fill(ref.key, start, buffers):
+                if size != ref.size:
+                    raise self._corrupt(ref.key, f"{ref.size} bytes ({ref.digest})", f"{size} bytes")
+                left -= len(view)
+                yield view
+        if left:
+            raise self._corrupt(ref.key, f"{ref.size} bytes ({ref.digest})", f"{left} fewer of them")
+
+    def verify(self, ref: ObjectRef, chunk: int, found: str) -> None:
+        """Raises ObjectCorrupt unless chunk number `chunk` of `ref` has the digest `found`."""
+        expected = ref.chunks or (ref.digest,)
+        if found != expected[chunk]:
+            raise self._corrupt(ref.key, f"{expected[chunk]} in chunk {chunk} of {len(expected)}", found)
+
     def _read_sized(self, ref: ObjectRef, start: int, end: int) -> bytes:
         with self._errors("read", self._checked(ref.key)):
             data, size = self._backend.get_sized(ref.key, start, end)
@@ -337,15 +375,9 @@ class ObjectStore:
         return data
 
     def _verify_chunks(self, ref: ObjectRef, chunks: Sequence[int], step: int, data: bytes) -> None:
-        expected, view = ref.chunks or (ref.digest,), memoryview(data)
+        view = memoryview(data)
         for offset, chunk in enumerate(chunks):
-            where = f" in chunk {chunk} of {len(expected)}"
-            self._verify(ref, where, expected[chunk], view[offset * step : (offset + 1) * step])
-
-    def _verify(self, ref: ObjectRef, where: str, expected: str, data: Data) -> None:
-        found = digest(data)
-        if found != expected:
-            raise self._corrupt(ref.key, expected + where, found)
+            self.verify(ref, chunk, digest(view[offset * step : (offset + 1) * step]))
 
     def _corrupt(self, key: str, expected: str, found: str) -> ObjectCorrupt:
         fix = "the object was changed or damaged after it was written: restore it, or delete it and write it again"

@@ -1,64 +1,171 @@
-"""Tensors in the store: one group of tensors is one safetensors object, named by its content."""
+"""Tensors in the store: one group of tensors is one safetensors object, named by its content.
+
+The format (https://github.com/huggingface/safetensors): eight bytes with the length of the header; the header, JSON with
+dtype, shape and place of every tensor; the tensors' bytes, one after the other without gaps. What is written here is byte
+for byte what `safetensors.torch.save` makes; it is written and read a tensor, or a part of one, at a time.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import pairwise
+from math import prod
+from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
-from fedflow.errors import ObjectCorrupt
+from fedflow.errors import FedflowError, ObjectCorrupt
+from fedflow.store.backends import Data
 from fedflow.store.objects import ObjectRef, ObjectStore
-from fedflow.types import Tensors, TensorSpec
+from fedflow.store.reading import Reader
+from fedflow.tensors import raw_bytes
+from fedflow.types import Tensors, TensorSpec, spec_of
 
-__all__ = ["read_spec", "read_tensors", "write_tensors"]
+__all__ = ["Part", "Rows", "TensorReader", "file_order", "header", "read_spec", "read_tensors", "write_tensors"]
 
-_DTYPES: dict[str, torch.dtype] = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "U16": torch.uint16,
-    "I32": torch.int32, "U32": torch.uint32, "I64": torch.int64, "U64": torch.uint64,
-    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
+_DTYPES: dict[str, torch.dtype] = {  # in the order in which the library writes them
+    "U64": torch.uint64, "I64": torch.int64, "F64": torch.float64, "C64": torch.complex64,
+    "F32": torch.float32, "U32": torch.uint32, "I32": torch.int32,
+    "BF16": torch.bfloat16, "F16": torch.float16, "U16": torch.uint16, "I16": torch.int16,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "C64": torch.complex64,
+    "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-_MAX_HEADER = 100 * 1024 * 1024  # the format's own limit
+if hasattr(torch, "float8_e8m0fnu"):  # torch 2.7
+    _DTYPES = dict(sorted({**_DTYPES, "F8_E8M0": torch.float8_e8m0fnu}.items(), key=lambda i: i[0] == "BOOL"))
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_RANK = {dtype: rank for rank, dtype in enumerate(_DTYPES.values())}
+_MAX_HEADER = 100_000_000  # bytes; the library's own limit
+_METADATA = "__metadata__"
+
+Rows = tuple[int, int] | None
+"""Rows a … b (exclusive) of a tensor; None: all of it, whatever its shape."""
+Part = Mapping[str, Rows]
+"""Which tensors, and which of their rows."""
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
+def file_order(spec: Mapping[str, TensorSpec]) -> list[str]:
+    """The names as the library orders them: the widest dtypes first, so that every tensor is aligned; then by name."""
+    return sorted(spec, key=lambda name: (_RANK.get(spec[name].dtype, -1), name.encode()))
+
+
+def header(spec: Mapping[str, TensorSpec]) -> bytes:
+    """The beginning of a file whose tensors follow in the order of `spec`. Raises FedflowError where one cannot be in it."""
+    entries, at = {}, 0
+    for name, (shape, dtype) in ((name, (s.shape, s.dtype)) for name, s in spec.items()):
+        if name == _METADATA or dtype not in _NAMES:
+            expected = f"one of {', '.join(_NAMES.values())}, and another name than {_METADATA}"
+            raise FedflowError(f"{name}: found a tensor of {dtype}, expected {expected}; convert it, or rename it")
+        end = at + prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def write_tensors(store: ObjectStore, prefix: str, tensors: Tensors, *, heal: bool = False) -> ObjectRef:
     """Write `tensors` as one object below `prefix`. The same tensors give the same bytes, and are written once.
 
+    Memory holds at most one more tensor: one that is not contiguous, or not in the processor's memory.
     heal: and once more where they are damaged
     """
-    data = save({name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())})
-    return store.write(prefix, data, ".safetensors", heal=heal)
+    spec = spec_of({"": tensors})[""]
+    names = file_order(spec)
+    head = header({name: spec[name] for name in names})
+
+    def parts() -> Iterator[Data]:
+        yield head
+        yield from (raw_bytes(tensors[name]) for name in names)
+
+    return store.write_parts(prefix, parts, ".safetensors", heal=heal)
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+class _Entry(NamedTuple):
+    spec: TensorSpec
+    start: int  # bytes from the beginning of the file
+    end: int
+
+
+class TensorReader:
+    """The tensors of one object, read a part at a time, each byte once if the parts come in the order of the file.
+
+    The header is verified when this returns; other bytes only when `finish` has returned.
+    Raises ObjectCorrupt where the object is not what `ref` says or not safetensors.
+    """
+
+    def __init__(self, store: ObjectStore, ref: ObjectRef) -> None:
+        self.ref = ref
+        self._entries = _read_header(store, ref)
+        self._reader = Reader(store, ref)
+
+    @property
+    def spec(self) -> dict[str, TensorSpec]:
+        """Names, shapes and dtypes, in the order of the file."""
+        return {name: entry.spec for name, entry in self._entries.items()}
+
+    def read(self, part: Part) -> dict[str, Tensor]:
+        """Those tensors of `part` that are there, or those rows of them, in the order of the file; each has its own memory."""
+        wanted = [(name, self._place(name, part[name])) for name in self._entries if name in part]
+        found = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, (spec, _, _) in wanted}
+        for run in _runs([(start, end, raw_bytes(found[name])) for name, (_, start, end) in wanted]):
+            self._reader.read_into(run[0][0], [buffer for _, _, buffer in run])
+        return found
+
+    def _place(self, name: str, rows: Rows) -> _Entry:
+        entry = self._entries[name]
+        if rows is None:
+            return entry
+        shape, dtype = entry.spec.shape, entry.spec.dtype
+        first, last = rows
+        if not shape or not 0 <= first <= last <= shape[0]:
+            raise ValueError(f"{name}: found rows {first} to {last}, expected some of {entry.spec}")
+        row = prod(shape[1:]) * dtype.itemsize
+        return _Entry(
+            TensorSpec((last - first, *shape[1:]), dtype), entry.start + first * row, entry.start + last * row
+        )
+
+    def finish(self) -> None:
+        """Verify what was read and is not verified yet. Raises ObjectCorrupt."""
+        self._reader.finish()
+
+
+def _runs(ranges: Iterable[tuple[int, int, memoryview]]) -> Iterator[list[tuple[int, int, memoryview]]]:
+    """Those that lie one behind the other, together; empty ones left out."""
+    run: list[tuple[int, int, memoryview]] = []
+    for start, end, buffer in ranges:
+        if start == end:
+            continue
+        if run and run[-1][1] != start:
+            yield run
+            run = []
+        run.append((start, end, buffer))
+    if run:
+        yield run
 
 
 def read_tensors(store: ObjectStore, ref: ObjectRef, names: Iterable[str] | None = None) -> dict[str, Tensor]:
-    """The tensors of `ref`, in name order; with `names` only those among them, reading only their byte ranges.
+    """The tensors of `ref`, in name order; with `names` only those among them, reading little else.
 
-    Every byte read is verified. Raises ObjectCorrupt where the object is not what `ref` says or not safetensors.
+    Every byte of them is verified. Raises ObjectCorrupt where the object is not what `ref` says or not safetensors.
     """
-    header, base = _header(store, ref)
-    wanted = sorted(header if names is None else header.keys() & set(names))
-    blocks = store.read_ranges(ref, [(base + start, base + end) for _, start, end in (header[n] for n in wanted)])
-    return {name: _tensor(block, header[name][0]) for name, block in zip(wanted, blocks, strict=True)}
+    reader = TensorReader(store, ref)
+    found = reader.read(dict.fromkeys(reader.spec if names is None else names))
+    reader.finish()
+    return {name: found[name] for name in sorted(found)}
 
 
 def read_spec(store: ObjectStore, ref: ObjectRef) -> dict[str, TensorSpec]:
-    """Names, shapes and dtypes in `ref`, from its header alone. Raises ObjectCorrupt."""
-    return {name: spec for name, (spec, _, _) in _header(store, ref)[0].items()}
+    """Names, shapes and dtypes in `ref`, in the order of the file, from its header alone. Raises ObjectCorrupt."""
+    return {name: entry.spec for name, entry in _read_header(store, ref).items()}
 
 
-def _tensor(data: bytes | memoryview, spec: TensorSpec) -> Tensor:
-    if not len(data):
-        return torch.empty(spec.shape, dtype=spec.dtype)
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8).view(spec.dtype).reshape(spec.shape)
-
-
-def _header(store: ObjectStore, ref: ObjectRef) -> tuple[dict[str, tuple[TensorSpec, int, int]], int]:
-    """(name -> (spec, start, end) relative to the data, offset of the data)."""
+def _read_header(store: ObjectStore, ref: ObjectRef) -> dict[str, _Entry]:
+    """What the header says, in the order of the file; believed only as far as the file's size allows it."""
     if ref.size < 8:
         raise ObjectCorrupt(f"{ref.key}: found {ref.size} bytes, expected a safetensors file of at least 8")
     length = int.from_bytes(store.read(ref, 0, 8), "little")
@@ -67,23 +174,36 @@ def _header(store: ObjectStore, ref: ObjectRef) -> tuple[dict[str, tuple[TensorS
             f"{ref.key}: found a header of {length} bytes, expected at most {min(_MAX_HEADER, ref.size - 8)}"
         )
     try:
-        entries = json.loads(bytes(store.read(ref, 8, 8 + length)))
-        parsed = {
-            name: _entry(entry, ref.size - 8 - length) for name, entry in entries.items() if name != "__metadata__"
-        }
+        entries = json.loads(store.read(ref, 8, 8 + length))
+        found = {name: _entry(entry, 8 + length) for name, entry in entries.items() if name != _METADATA}
+        ordered = dict(sorted(found.items(), key=lambda item: item[1][1:]))
+        _check_gapless(list(ordered.values()), 8 + length, ref.size)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ObjectCorrupt(f"{ref.key}: found a header that is not safetensors: {error}") from error
-    return parsed, 8 + length
+    return ordered
 
 
-def _entry(entry: Mapping[str, Any], available: int) -> tuple[TensorSpec, int, int]:
-    spec = TensorSpec(tuple(int(n) for n in entry["shape"]), _DTYPES[entry["dtype"]])
-    start, end = (int(n) for n in entry["data_offsets"])
-    count = 1
-    for n in spec.shape:
-        if n < 0:
-            raise ValueError(f"shape {spec.shape}")
-        count *= n
-    if not (0 <= start <= end <= available) or end - start != count * spec.dtype.itemsize:
-        raise ValueError(f"offsets {start} to {end} for {spec}, with {available} bytes of data")
-    return spec, start, end
+def _entry(entry: Mapping[str, Any], base: int) -> _Entry:
+    spec = TensorSpec(tuple(map(_count, entry["shape"])), _DTYPES[entry["dtype"]])
+    start, end = map(_count, entry["data_offsets"])
+    if end - start != prod(spec.shape) * spec.dtype.itemsize:
+        raise ValueError(f"offsets {start} to {end} for {spec}")
+    return _Entry(spec, base + start, base + end)
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise ValueError(f"found {str(value)[:100]}, expected a count")
+    return value
+
+
+def _check_gapless(entries: list[_Entry], base: int, size: int) -> None:
+    """Every byte belongs to exactly one tensor."""
+    for before, after in pairwise(entries):
+        if after.start != before.end:
+            raise ValueError(
+                f"a tensor begins at {after.start - base}, where the one before ends at {before.end - base}"
+            )
+    first, last = (entries[0].start, entries[-1].end) if entries else (base, base)
+    if first != base or last != size:
+        raise ValueError(f"tensors from {first - base} to {last - base}, with {size - base} bytes of data")

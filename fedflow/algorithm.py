@@ -154,6 +154,8 @@ class Algorithm(BaseModel):
     """Exchanges within a round, in order; each has its own openings, closing and commit."""
     partitionable: ClassVar[bool] = True
     """Whether tensor names may be aggregated in any partition (same bits for every one)."""
+    by_rows: ClassVar[bool] = True
+    """Whether that holds for the rows of a tensor too, which tensors larger than the memory budget are split by."""
     State: ClassVar[type[Any]]
     """S: frozen dataclass of `Tensors` and JSON scalars, the server's memory."""
     SiteState: ClassVar[type[Any]] = NoState
@@ -198,6 +200,11 @@ class Algorithm(BaseModel):
         return 1
 
     @property
+    def gathers(self) -> bool:
+        """Whether `measure` and `aggregate` hold all updates at once: they are then given smaller parts."""
+        return False
+
+    @property
     def measures(self) -> bool:
         """Whether `measure` is to be called: it reads every update once more."""
         return type(self).measure is not Algorithm.measure
@@ -238,6 +245,8 @@ class Transform(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     kind: str
+    by_rows: ClassVar[bool] = False
+    """Whether rows of an update can be decoded apart."""
     SiteState: ClassVar[type[Any]] = NoState
     """C: frozen dataclass of `Tensors` and JSON scalars, a site's memory."""
 

@@ -17,6 +17,7 @@ from blake3 import blake3
 from pydantic import (
     BaseModel,
     BeforeValidator,
+    ByteSize,
     ConfigDict,
     Field,
     GetCoreSchemaHandler,
@@ -439,6 +440,8 @@ class Recipe(_Model):
     """What becomes of an update that arrives after its round closed: dropped, or counted in the next round."""
     attempts: Annotated[int, Field(ge=1, le=20, strict=True)] = 3
     """How often a site may try in a round."""
+    memory_budget: Annotated[ByteSize, Field(ge=1024)] = ByteSize(256 << 20)
+    """Memory that aggregation takes for tensors, in bytes or as "1GiB", however large the model; no bit depends on it."""
     timeouts: Timeouts = Timeouts()
     evaluation: ImportRef | None = None
     """A workload with `evaluate(model)`, resolved at the server, run after every round on data held out there."""
@@ -515,7 +518,7 @@ class Recipe(_Model):
 
 
 AMENDABLE: frozenset[str] = frozenset(
-    {"rounds", "timeouts", "quorum", "min_sites", "required_sites", "wait_for_sites", "attempts"}
+    {"rounds", "timeouts", "quorum", "min_sites", "required_sites", "wait_for_sites", "attempts", "memory_budget"}
 )
 """Fields that a resume may change; every change is written into the run's journal."""
 

@@ -15,6 +15,7 @@ from fedflow.types import Groups, Tensors, canonical_json
 __all__ = [
     "BLOCK",
     "CHUNK",
+    "ModelDigest",
     "WeightedMean",
     "cast",
     "dtype_name",
@@ -38,7 +39,7 @@ class WeightedMean:
     """Σ wᵢ·tᵢ / Σ wᵢ per name, in float64, over a fixed tree: blocks of `BLOCK` updates in the order of `add`.
 
     A name is averaged over the updates that have it. A mean of one update is that update, to the bit.
-    Memory: one update and two float64 sums, whatever the number of updates.
+    Memory: one update and two float64 sums at most, whatever the number of updates.
     """
 
     def __init__(self) -> None:
@@ -47,6 +48,7 @@ class WeightedMean:
         self._weight: dict[str, float] = {}
         self._single: dict[str, Tensor | None] = {}
         self._dtype: dict[str, torch.dtype] = {}
+        self._shape: dict[str, torch.Size] = {}
         self._added = 0
 
     def add(self, tensors: Tensors, weight: float) -> None:
@@ -54,8 +56,13 @@ class WeightedMean:
         for name, tensor in tensors.items():
             if self._dtype.setdefault(name, tensor.dtype) != tensor.dtype:
                 raise ValueError(f"{name}: {tensor.dtype} after {self._dtype[name]}")
-            term = tensor.to(torch.float64) * weight
-            self._block[name] = self._block[name] + term if name in self._block else term
+            if name in self._shape and self._shape[name] != tensor.shape:
+                raise ValueError(f"{name}: {list(tensor.shape)} after {list(self._shape[name])}")
+            self._shape[name] = tensor.shape
+            if name in self._block:
+                _add_scaled(self._block[name], tensor, weight)
+            else:
+                self._block[name] = tensor.to(torch.float64, copy=True).contiguous().mul_(weight)
             self._weight[name] = self._weight.get(name, 0.0) + weight
             self._single[name] = None if name in self._single else tensor
         self._added += 1
@@ -64,16 +71,28 @@ class WeightedMean:
 
     def _close_block(self) -> None:
         for name, partial in self._block.items():
-            self._total[name] = self._total[name] + partial if name in self._total else partial
+            self._total[name] = self._total[name].add_(partial) if name in self._total else partial
         self._block = {}
 
     def means(self) -> dict[str, Tensor]:
-        """The means in float64, not yet rounded (see `cast`); a mean of one update as that update sent it."""
+        """The means in float64, not yet rounded (see `cast`); a mean of one update as that update sent it. To be asked once."""
         self._close_block()
+        total, self._total = self._total, {}
         return {
-            name: total / self._weight[name] if (one := self._single[name]) is None else one
-            for name, total in self._total.items()
+            name: total[name].div_(self._weight[name]) if (one := self._single[name]) is None else one for name in total
         }
+
+
+_TILE = 1 << 16  # elements whose float64 values fit into a core's cache
+
+
+def _add_scaled(total: Tensor, tensor: Tensor, weight: float) -> None:
+    """total ← total + weight·tensor in float64, product and sum each rounded once; without temporaries of their size."""
+    into, values = total.view(-1), tensor.reshape(-1)
+    scratch = torch.empty(min(_TILE, len(values)), dtype=torch.float64)
+    for start in range(0, len(values), _TILE):
+        tile = values[start : start + _TILE]
+        into[start : start + _TILE].add_(scratch[: len(tile)].copy_(tile).mul_(weight))
 
 
 def cast(value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -138,11 +157,24 @@ def pairs(groups: Groups) -> Iterator[tuple[str, str, Tensor]]:
 def non_finite(groups: Groups) -> str | None:
     """The first tensor that holds NaN or infinity, as "group/name (count of size)", or None."""
     for group, name, tensor in pairs(groups):
-        if tensor.is_floating_point() or tensor.is_complex():
-            bad = int((~torch.isfinite(tensor)).sum())
-            if bad:
-                return f"{group}/{name} ({bad} of {tensor.numel()} elements are NaN or infinite)"
+        if not _is_finite(tensor):
+            bad = int((~torch.isfinite(_comparable(tensor))).sum())
+            return f"{group}/{name} ({bad} of {tensor.numel()} elements are NaN or infinite)"
     return None
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """By the extremes, found in one pass; NaN is both."""
+    if not tensor.numel() or not (tensor.is_floating_point() or tensor.is_complex()):
+        return True
+    values = _comparable(tensor)
+    extremes = torch.aminmax(torch.view_as_real(values) if values.is_complex() else values)
+    return bool(torch.isfinite(extremes.min) & torch.isfinite(extremes.max))
+
+
+def _comparable(tensor: Tensor) -> Tensor:
+    """8-bit floats have no comparisons."""
+    return tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
@@ -156,11 +188,33 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def model_digest(tensors: Tensors | Mapping[str, Any]) -> str:
-    """`blake3:<hex>` over names, shapes, dtypes and bytes, in name order: equal if and only if the models are."""
-    digest = blake3()
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(canonical_json([name, list(tensor.shape), dtype_name(tensor.dtype)]))
+class ModelDigest:
+    """The digest of a model whose tensors, or consecutive rows of them, come one after the other."""
+
+    def __init__(self) -> None:
+        self._begun: dict[str, tuple[blake3, list[int], str]] = {}
+        self._done: dict[str, Any] = {}
+
+    def add(self, name: str, tensor: Tensor, *, more: bool = False) -> None:
+        """The tensor `name`, or its next rows. more: further ones follow."""
+        digest, shape, dtype = self._begun.pop(name, (blake3(), [0, *tensor.shape[1:]], dtype_name(tensor.dtype)))
         digest.update(raw_bytes(tensor))
-    return f"blake3:{digest.hexdigest()}"
+        shape = [shape[0] + len(tensor), *shape[1:]] if tensor.dim() else []
+        if more:
+            self._begun[name] = (digest, shape, dtype)
+        else:
+            self._done[name] = [shape, dtype, digest.hexdigest()]
+
+    def result(self) -> str:
+        """`blake3:<hex>` over names, shapes, dtypes and digests of all tensors, in name order."""
+        return (
+            f"blake3:{blake3(canonical_json([[name, *self._done[name]] for name in sorted(self._done)])).hexdigest()}"
+        )
+
+
+def model_digest(tensors: Tensors | Mapping[str, Any]) -> str:
+    """`blake3:<hex>` over names, shapes, dtypes and bytes: equal if and only if the models are."""
+    digest = ModelDigest()
+    for name in tensors:
+        digest.add(name, tensors[name])
+    return digest.result()

@@ -127,6 +127,10 @@ class Averaging(Algorithm):
         return self.reduction.least()
 
     @property
+    def gathers(self) -> bool:
+        return not isinstance(self.reduction, Mean)
+
+    @property
     def measures(self) -> bool:
         return self.reduction.measured != "nothing"
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from fedflow.algorithm import Algorithm
+from fedflow.engine.reduction import Reduction
 from fedflow.engine.updates import Contributor, as_update
 from fedflow.errors import FedflowError
 from fedflow.local.model import build_model, load_groups
@@ -27,13 +28,14 @@ from fedflow.store.records import (
     Manifest,
     Plan,
     SiteRecord,
+    StateRecord,
     finite,
     utc_now,
 )
-from fedflow.store.state import merge, read_state, restrict, tensor_fields, write_state
+from fedflow.store.state import outline, tensor_fields, write_state
 from fedflow.store.tensors import read_tensors, write_tensors
 from fedflow.tensors import model_digest
-from fedflow.types import Groups, RoundContext, SiteId, Tensors, Update, derive_seed
+from fedflow.types import Groups, RoundContext, SiteId, derive_seed
 
 _log = logging.getLogger(__name__)
 
@@ -43,17 +45,49 @@ __all__ = ["aggregate_round", "commit_initial", "evaluate_model", "evaluate_roun
 def commit_initial(journal: Journal, algorithm: Algorithm, model: Groups) -> Manifest:
     """Commit the state before round 0, or find it committed."""
     found = journal.manifest(INITIAL, "initial")
-    return found or _commit(
-        journal, algorithm, algorithm.init(model), round=INITIAL, phase="initial", parent=None, seconds=0.0
+    if found:
+        return found
+    state, store = algorithm.init(model), journal.store
+    objects: dict[int, ObjectRef] = {}
+    public = _write_groups(store, f"{journal.public}/objects", algorithm.broadcast(state, algorithm.phases[0]), objects)
+    record = write_state(store, f"{journal.server}/objects", state, objects)
+    objects |= {id(tensors): record.tensors[field] for field, tensors in tensor_fields(state).items()}
+    groups = algorithm.model(state)
+    return journal.put_manifest(
+        Manifest(
+            run=journal.run,
+            nonce=journal.record().nonce,
+            round=INITIAL,
+            phase="initial",
+            parent=None,
+            state=record,
+            model=_write_groups(store, f"{journal.server}/objects", groups, objects),
+            broadcast=public,
+            model_digest=model_digest({name: t for tensors in groups.values() for name, t in tensors.items()}),
+            committed=utc_now(),
+        )
     )
 
 
-def aggregate_round(journal: Journal, plan: Plan, closing: Closing, *, bucket_bytes: int | None = None) -> Manifest:
+def _write_groups(
+    store: ObjectStore, prefix: str, groups: Groups, written: dict[int, ObjectRef]
+) -> dict[str, ObjectRef]:
+    refs = {}
+    for group, tensors in groups.items():
+        refs[group] = written.setdefault(id(tensors), written.get(id(tensors)) or write_tensors(store, prefix, tensors))
+    return refs
+
+
+def aggregate_round(
+    journal: Journal, plan: Plan, closing: Closing, *, memory_budget: int | None = None, threads: int | None = None
+) -> Manifest:
     """Reduce the updates of a quorate `closing`, step the server's state, commit. Returns the manifest in force.
 
-    bucket_bytes: tensor names are taken in buckets of about so many bytes of state; None = all at once. No bit depends on it.
-    Raises UpdateInvalid (with the site) where an update fails its digest or is not finite: then `exclude` it and
-    call again with the new closing. Until the manifest is written nothing has happened.
+    memory_budget: bytes that the tensors in memory take at most; default: the recipe's. Neither updates nor state are ever
+                   in memory as a whole, unless they fit into it.
+    threads:       parts in work at once; default: one a processor, and more where the store is far away
+    No bit depends on either. Raises UpdateInvalid (with the site) where an update fails its digest or is not finite: then
+    `exclude` it and call again with the new closing. Until the manifest is written nothing has happened.
     """
     recipe = journal.recipe()
     algorithm = recipe.computation
@@ -72,135 +106,50 @@ def aggregate_round(journal: Journal, plan: Plan, closing: Closing, *, bucket_by
             round=plan.round,
         )
     updates = [Contributor(journal, plan, contribution) for _, contribution in sorted(closing.contributors.items())]
-    state = read_state(journal.store, algorithm.State, head.state)
     context = RoundContext(
         plan.run, plan.round, plan.phase, None, plan.num_sites, derive_seed(recipe.seed, plan.round, plan.phase, None)
     )
-    buckets = list(_buckets(state, updates, bucket_bytes))
-    measured = _measure(algorithm, state, updates, buckets, context)
-    context = RoundContext(**{**vars(context), "measured": measured})
-    parts = []
-    for names in buckets:
-        part = restrict(state, names)
-        aggregate = algorithm.aggregate(_decoded(algorithm, part, updates, names, context), context)
-        parts.append(algorithm.server_update(part, aggregate, context))
-    new = merge(parts) if parts else state
-    if line := algorithm.report(new, len(updates)):
+    budget = recipe.memory_budget if memory_budget is None else memory_budget
+    reduction = Reduction(journal, algorithm, head, updates, context, budget, threads or _threads(journal.store))
+    written = reduction.write(f"{journal.public}/objects", f"{journal.server}/objects", closing.digest())
+    record = StateRecord(tensors=written.of("state"), scalars=reduction.scalars(written))
+    if line := algorithm.report(outline(algorithm.State, record, written.spec("state")), len(updates)):
         _log.info("run %s, round %d: %s", plan.run, plan.round, line)
-    return _commit(
-        journal,
-        algorithm,
-        new,
-        round=plan.round,
-        phase=plan.phase,
-        parent=head,
-        seconds=time.monotonic() - started,
-        plan=plan,
-        closing=closing,
-        updates=updates,
-    )
-
-
-def _measure(
-    algorithm: Algorithm, state: Any, updates: list[Contributor], buckets: list[list[str]], context: RoundContext
-) -> Tensors:
-    """Σ over the buckets of what `algorithm.measure` finds, in their order."""
-    if not algorithm.measures:
-        return {}
-    total: dict[str, Tensor] = {}
-    for names in buckets:
-        part = _decoded(algorithm, restrict(state, names), updates, names, context)
-        for name, value in algorithm.measure(part, context).items():
-            total[name] = total[name] + value if name in total else value
-    return total
-
-
-def _decoded(
-    algorithm: Algorithm, part: Any, updates: list[Contributor], names: list[str], context: RoundContext
-) -> Iterator[Update]:
-    """Those tensors of every update, as the algorithm reads them; one in memory at a time."""
-    return (algorithm.decode(u.load(names), part, context.phase) for u in updates)
-
-
-def _buckets(state: Any, updates: list[Contributor], bucket_bytes: int | None) -> Iterator[list[str]]:
-    """All tensor names of state and updates, in order, in buckets of about `bucket_bytes` of state."""
-    sizes: dict[str, int] = {name: 0 for update in updates for name in update.names}
-    for tensors in tensor_fields(state).values():
-        for name, tensor in tensors.items():
-            sizes[name] = sizes.get(name, 0) + tensor.nbytes
-    bucket: list[str] = []
-    filled = 0
-    for name in sorted(sizes):
-        if bucket and bucket_bytes is not None and filled + sizes[name] > bucket_bytes:
-            yield bucket
-            bucket, filled = [], 0
-        bucket.append(name)
-        filled += sizes[name]
-    if bucket or not sizes:  # a payload of scalars alone is one bucket without names
-        yield bucket
-
-
-# -- commit ------------------------------------------------------------------------------------------------------------
-def _commit(
-    journal: Journal,
-    algorithm: Algorithm,
-    state: Any,
-    *,
-    round: int,
-    phase: str,
-    parent: Manifest | None,
-    seconds: float,
-    plan: Plan | None = None,
-    closing: Closing | None = None,
-    updates: list[Contributor] | None = None,
-) -> Manifest:
-    """Write the state's objects, then the manifest. Groups that sites may see are stored once, under public/."""
-    store, updates = journal.store, updates or []
-    following = (
-        algorithm.phases[(algorithm.phases.index(phase) + 1) % len(algorithm.phases)]
-        if phase in algorithm.phases
-        else algorithm.phases[0]
-    )
-    broadcast, model = algorithm.broadcast(state, following), algorithm.model(state)
-    written: dict[int, ObjectRef] = {}
-    public = _write_groups(store, f"{journal.public}/objects", broadcast, written)
-    record = write_state(store, f"{journal.server}/objects", state, written)
-    written |= {id(tensors): record.tensors[field] for field, tensors in tensor_fields(state).items()}
-    of_model = _write_groups(store, f"{journal.server}/objects", model, written)
     weights = {u.manifest.site: algorithm.weight(as_update(u.manifest, {})) for u in updates}
     contributors = {u.manifest.site: u.summary(weights[u.manifest.site]) for u in updates}
-    manifest = Manifest(
-        run=journal.run,
-        nonce=journal.record().nonce,
-        round=round,
-        phase=phase,
-        parent=parent.digest() if parent else None,
-        closing=journal.closing_key(plan, closing) if plan and closing else None,
-        closing_digest=closing.digest() if closing else None,
-        contributors=contributors,
-        excluded=closing.excluded if closing else {},
-        partial=_partial(updates),
-        numerics_differ=_numerics_differ(contributors),
-        state=record,
-        model=of_model,
-        broadcast=public,
-        model_digest=model_digest({name: t for tensors in model.values() for name, t in tensors.items()}),
-        metrics=weighted_metrics(contributors),
-        sites=_site_records(parent, plan, contributors, closing),
-        opened=next((o.opened for o in journal.openings(plan)), None) if plan else None,
-        committed=utc_now(),
-        seconds=seconds,
+    return journal.put_manifest(
+        Manifest(
+            run=journal.run,
+            nonce=journal.record().nonce,
+            round=plan.round,
+            phase=plan.phase,
+            parent=head.digest(),
+            closing=journal.closing_key(plan, closing),
+            closing_digest=closing.digest(),
+            contributors=contributors,
+            excluded=closing.excluded,
+            partial=_partial(updates),
+            numerics_differ=_numerics_differ(contributors),
+            state=record,
+            model=written.of("model"),
+            broadcast=written.of("broadcast"),
+            model_digest=written.model_digest,
+            metrics=weighted_metrics(contributors),
+            sites=_site_records(head, plan, contributors, closing),
+            opened=next((o.opened for o in journal.openings(plan)), None),
+            committed=utc_now(),
+            seconds=time.monotonic() - started,
+        )
     )
-    return journal.put_manifest(manifest)
 
 
-def _write_groups(
-    store: ObjectStore, prefix: str, groups: Groups, written: dict[int, ObjectRef]
-) -> dict[str, ObjectRef]:
-    refs = {}
-    for group, tensors in groups.items():
-        refs[group] = written.setdefault(id(tensors), written.get(id(tensors)) or write_tensors(store, prefix, tensors))
-    return refs
+def _threads(store: ObjectStore) -> int:
+    near = store.url.startswith(("file://", "memory://"))
+    return len(os.sched_getaffinity(0)) if near else max(REMOTE, len(os.sched_getaffinity(0)))
+
+
+REMOTE = 8
+"""Parts in work at once where most of the time is waiting for the store."""
 
 
 def _partial(updates: list[Contributor]) -> dict[str, list[SiteId]]:
@@ -227,16 +176,12 @@ def weighted_metrics(contributors: Mapping[SiteId, ContributorSummary]) -> dict[
 
 
 def _site_records(
-    parent: Manifest | None,
-    plan: Plan | None,
-    contributors: Mapping[SiteId, ContributorSummary],
-    closing: Closing | None,
+    parent: Manifest, plan: Plan, contributors: Mapping[SiteId, ContributorSummary], closing: Closing
 ) -> dict[SiteId, SiteRecord]:
-    records = dict(parent.sites) if parent else {}
+    records = dict(parent.sites)
     for site, c in contributors.items():
-        assert plan is not None
         records[site] = SiteRecord(accepted=c.update, last_round=plan.round, seconds=c.seconds, failures=0)
-    for site in closing.excluded if closing else ():
+    for site in closing.excluded:
         before = records.get(site, SiteRecord())
         records[site] = before.model_copy(update={"failures": before.failures + 1})
     return dict(sorted(records.items()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,8 +15,8 @@ from fedflow.errors import ObjectCorrupt, ObjectMissing, StoreError, StoreUnavai
 from fedflow.store.journal import Journal, first_problem
 from fedflow.store.objects import CHUNK_SIZE, ObjectRef
 from fedflow.store.records import Contribution, ContributorSummary, Plan, UpdateManifest
-from fedflow.store.state import read_state
-from fedflow.store.tensors import read_spec, read_tensors
+from fedflow.store.state import read_outline
+from fedflow.store.tensors import Part, TensorReader, file_order, read_spec
 from fedflow.tensors import cast, non_finite
 from fedflow.types import Groups, SiteId, Spec, TensorSpec, Update
 
@@ -68,7 +68,7 @@ class Checks:
             algorithm = self.recipe.computation
             head = self.journal.head(algorithm.phases)
             assert head is not None
-            state = read_state(self.journal.store, algorithm.State, head.state)
+            state = read_outline(self.journal.store, algorithm.State, head.state)
             self._spec = algorithm.expects(state, self.plan.phase)
         return self._spec
 
@@ -142,6 +142,10 @@ class Checks:
             for name, spec in found.items():
                 if spec != expected[name]:
                     raise UpdateInvalid(f"{group}/{name}: found {spec}, expected {expected[name]}")
+            if list(found) != file_order(
+                found
+            ):  # else every part of it might be anywhere, and reading it take for ever
+                raise UpdateInvalid(f"{group}: found its tensors in another order than safetensors.torch.save writes")
 
     def _check_size(self, group: str, ref: ObjectRef, expected: Mapping[str, TensorSpec]) -> None:
         """Nothing is read that could not be an update: a reference says how much of an object is held in memory at once."""
@@ -174,36 +178,62 @@ class Contributor:
         return manifest
 
     @cached_property
-    def names(self) -> set[str]:
-        return {name for ref in self.manifest.groups.values() for name in self._verified(read_spec, ref)}
+    def _readers(self) -> dict[str, TensorReader]:
+        store = self.journal.store
+        return {group: self._verified(TensorReader, store, ref) for group, ref in self.manifest.groups.items()}
 
-    def load(self, names: Iterable[str]) -> Update:
-        """The update with those tensors; one that started from an older round is moved to this round's broadcast."""
-        groups = {g: self._verified(read_tensors, ref, names) for g, ref in self.manifest.groups.items()}
+    @property
+    def spec(self) -> Spec:
+        """Groups, names, shapes and dtypes, of what was sent."""
+        return {group: reader.spec for group, reader in self._readers.items()}
+
+    @cached_property
+    def names(self) -> set[str]:
+        """Of all groups."""
+        return {name for tensors in self.spec.values() for name in tensors}
+
+    def load(self, part: Part) -> Update:
+        """The update with those tensors, or rows of them; one that started from an older round is moved to this round's
+        broadcast. Parts that come in the order of the files are read once; what was read is verified when `finish` returns."""
+        groups = {group: self._verified(reader.read, part) for group, reader in self._readers.items()}
         if bad := non_finite(groups):
             raise self._invalid(f"not finite: {bad}")
         if self.contribution.base_round != self.plan.round:
-            groups = self._rebased(groups, names)
+            groups = self._rebased(groups, part)
         return as_update(self.manifest, groups)
 
-    def _rebased(self, groups: Groups, names: Iterable[str]) -> dict[str, dict[str, Tensor]]:
-        """y + (x_now − x_then) for groups that are positions, that is in the broadcast; differences stay as they are."""
+    def finish(self) -> None:
+        """Verify what was loaded and is not verified yet. Raises UpdateInvalid."""
+        for reader in self._readers.values():
+            self._verified(reader.finish)
+        for then, now in self._bases.values():
+            then.finish()
+            now.finish()
+
+    @cached_property
+    def _bases(self) -> dict[str, tuple[TensorReader, TensorReader]]:
+        """Group -> the broadcast that the update started from, and this round's, where they are other ones."""
+        if self.contribution.base_round == self.plan.round:
+            return {}
         base = self.journal.plan(self.contribution.base_round, self.plan.phase)
         assert base is not None
-        moved = {}
-        for group, tensors in groups.items():
-            moved[group] = dict(tensors)
-            if group in base.broadcast:
-                then = read_tensors(self.journal.store, base.broadcast[group], names)
-                now = read_tensors(self.journal.store, self.plan.broadcast[group], names)
-                for name, y in tensors.items():
-                    if y.dtype != torch.bool:
-                        moved[group][name] = cast(y.double() + (now[name].double() - then[name].double()), y.dtype)
+        store, then, now = self.journal.store, base.broadcast, self.plan.broadcast
+        both = self.manifest.groups.keys() & then.keys()
+        return {group: (TensorReader(store, then[group]), TensorReader(store, now[group])) for group in both}
+
+    def _rebased(self, groups: Groups, part: Part) -> dict[str, dict[str, Tensor]]:
+        """y + (x_now − x_then) for groups that are positions, that is in the broadcast; differences stay as they are."""
+        moved = {group: dict(tensors) for group, tensors in groups.items()}
+        for group, readers in self._bases.items():
+            then, now = (reader.read({name: part[name] for name in groups[group]}) for reader in readers)
+            for name, y in groups[group].items():
+                if y.dtype != torch.bool:
+                    moved[group][name] = cast(y.double() + (now[name].double() - then[name].double()), y.dtype)
         return moved
 
-    def _verified(self, read: Any, ref: ObjectRef, *args: Any) -> Any:
+    def _verified(self, read: Any, *args: Any) -> Any:
         try:
-            return read(self.journal.store, ref, *args)
+            return read(*args)
         except (ObjectCorrupt, ObjectMissing) as error:
             raise self._invalid(str(error)) from error
 

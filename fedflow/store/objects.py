@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any, Literal, Self
 from uuid import uuid4
 
@@ -38,6 +38,7 @@ from fedflow.store.backends import RESERVED, Backend, Blocks, Buffers, Data, Ran
 __all__ = ["CHUNK_SIZE", "ObjectRef", "ObjectStore", "digest"]
 
 CHUNK_SIZE = 16 << 20  # bytes that are hashed, and so verified, together
+_SMALL = 8 << 20  # bytes of an object that is sent at once, not in parts
 _PROBES = f"{RESERVED}probe"
 _DIGEST = re.compile(r"blake3:[0-9a-f]{64}")
 
@@ -293,9 +294,7 @@ class ObjectStore:
             there = False
         if there:
             return ref
-        if ref.size <= chunk_size:
-            self.put(ref.key, b"".join(parts()), mode="overwrite")
-        elif self.write_stream(ref.key, parts(), chunk_size=chunk_size) != ref:
+        if self.write_stream(ref.key, parts(), chunk_size=chunk_size) != ref:
             raise self._corrupt(ref.key, ref.digest, "other bytes when they were sent than when they were measured")
         return ref
 
@@ -308,7 +307,11 @@ class ObjectStore:
         meter = _Meter(parts, chunk_size)
         try:
             with self._errors("overwrite", self._checked(key)):
-                self._backend.stream(key, meter)
+                first = list(_until(_SMALL, meter))
+                if sum(map(len, first)) < _SMALL:
+                    self._backend.overwrite(key, memoryview(b"".join(first)))
+                else:
+                    self._backend.stream(key, chain(first, meter))
         except Exception:
             if meter.failure is not None:
                 raise meter.failure from None
@@ -474,6 +477,13 @@ class ObjectStore:
             if isinstance(known, ObjectMissing) and action in ("create", "overwrite", "list"):
                 known = StoreUnwritable(f"{what}: found no such bucket or directory, expected it: create it")
             raise known from None  # the original may show credentials (a signed URL); `known` tells it without them
+
+
+def _until(size: int, parts: Iterator[Data]) -> Iterator[memoryview]:
+    """Parts until they are together as large as `size`, or all of them."""
+    while size > 0 and (part := next(parts, None)) is not None:
+        size -= len(flat := _flat(part))
+        yield flat
 
 
 def _runs(numbers: Iterable[int]) -> Iterator[Sequence[int]]:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fedflow.errors import FedflowError
 from fedflow.store.objects import ObjectRef, ObjectStore
 from fedflow.store.records import StateRecord
-from fedflow.store.tensors import read_tensors, write_tensors
-from fedflow.types import canonical_json
+from fedflow.store.tensors import Part, TensorReader, read_spec, read_tensors, write_tensors
+from fedflow.types import Spec, TensorSpec, canonical_json
 
-__all__ = ["merge", "read_state", "restrict", "tensor_fields", "write_state"]
+__all__ = ["StateReader", "outline", "read_outline", "read_state", "scalars_of", "tensor_fields", "write_state"]
 
 
 def tensor_fields(state: Any) -> dict[str, Mapping[str, Tensor]]:
@@ -24,13 +25,17 @@ def tensor_fields(state: Any) -> dict[str, Mapping[str, Tensor]]:
     return {name: value for name, value in fields.items() if isinstance(value, Mapping)}
 
 
+def scalars_of(state: Any) -> dict[str, Any]:
+    """The other fields, as JSON has them. Raises FedflowError where one is neither."""
+    tensors = tensor_fields(state)
+    return {f.name: _as_json(state, f.name) for f in dataclasses.fields(state) if f.name not in tensors}
+
+
 def write_state(
     store: ObjectStore, prefix: str, state: Any, known: Mapping[int, ObjectRef] | None = None
 ) -> StateRecord:
     """Write `state` below `prefix`. known: id of a tensor mapping -> object that holds it already."""
-    known = known or {}
-    tensors = tensor_fields(state)
-    scalars = {f.name: _as_json(state, f.name) for f in dataclasses.fields(state) if f.name not in tensors}
+    known, tensors, scalars = known or {}, tensor_fields(state), scalars_of(state)
     refs = {name: known.get(id(value)) or write_tensors(store, prefix, value) for name, value in tensors.items()}
     return StateRecord(tensors=refs, scalars=scalars)
 
@@ -46,37 +51,47 @@ def _as_json(state: Any, field: str) -> Any:
         ) from error
 
 
-def read_state(store: ObjectStore, cls: type[Any], record: StateRecord, names: Iterable[str] | None = None) -> Any:
-    """The state of class `cls`, verified; with `names` only those tensors of every field. Lists come back as tuples."""
-    wanted = None if names is None else list(names)
-    tensors = {field: read_tensors(store, ref, wanted) for field, ref in record.tensors.items()}
+class StateReader:
+    """A state in the store, read a part at a time; see `TensorReader`."""
+
+    def __init__(self, store: ObjectStore, cls: type[Any], record: StateRecord) -> None:
+        self._cls, self._record = cls, record
+        self._fields = {field: TensorReader(store, ref) for field, ref in record.tensors.items()}
+
+    @property
+    def spec(self) -> Spec:
+        """Field -> names, shapes and dtypes."""
+        return {field: reader.spec for field, reader in self._fields.items()}
+
+    def read(self, part: Part) -> Any:
+        """The state with those tensors, or rows of them, of every field. Lists come back as tuples."""
+        return _built(self._cls, self._record, {field: reader.read(part) for field, reader in self._fields.items()})
+
+    def finish(self) -> None:
+        """Verify what was read and is not verified yet. Raises ObjectCorrupt."""
+        for reader in self._fields.values():
+            reader.finish()
+
+
+def read_state(store: ObjectStore, cls: type[Any], record: StateRecord) -> Any:
+    """The state of class `cls`, verified. Lists come back as tuples."""
+    return _built(cls, record, {field: read_tensors(store, ref) for field, ref in record.tensors.items()})
+
+
+def read_outline(store: ObjectStore, cls: type[Any], record: StateRecord) -> Any:
+    """The state of class `cls` with tensors that have a shape and a dtype but no values, from the headers alone."""
+    return outline(cls, record, {field: read_spec(store, ref) for field, ref in record.tensors.items()})
+
+
+def outline(cls: type[Any], record: StateRecord, spec: Spec) -> Any:
+    """The same of a state of `spec`."""
+    return _built(cls, record, {field: {n: _hollow(s) for n, s in names.items()} for field, names in spec.items()})
+
+
+def _hollow(spec: TensorSpec) -> Tensor:
+    return torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+
+
+def _built(cls: type[Any], record: StateRecord, tensors: Mapping[str, Mapping[str, Tensor]]) -> Any:
     scalars = {name: tuple(v) if isinstance(v, list) else v for name, v in record.scalars.items()}
     return cls(**tensors, **scalars)
-
-
-def restrict(state: Any, names: Iterable[str]) -> Any:
-    """`state` with only those tensors of every field."""
-    wanted = set(names)
-    parts = {
-        field: {n: t for n, t in tensors.items() if n in wanted} for field, tensors in tensor_fields(state).items()
-    }
-    return dataclasses.replace(state, **parts)
-
-
-def merge(parts: Iterable[Any]) -> Any:
-    """One state from the parts that `server_update` made of a partition. Raises FedflowError where scalars differ."""
-    merged: Any = None
-    for part in parts:
-        if merged is None:
-            merged = part
-            continue
-        tensors = tensor_fields(part)
-        for field in dataclasses.fields(part):
-            if field.name not in tensors and getattr(part, field.name) != getattr(merged, field.name):
-                raise FedflowError(
-                    f"{type(part).__name__}.{field.name}: found {getattr(part, field.name)!r} and {getattr(merged, field.name)!r} "
-                    "from two parts of the names, expected one value; compute scalars from the context, not from the part"
-                )
-        joined = {name: {**getattr(merged, name), **value} for name, value in tensors.items()}
-        merged = dataclasses.replace(merged, **joined)
-    return merged

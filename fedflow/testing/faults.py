@@ -3,8 +3,8 @@
     fault = fail_at("manifest", round=1, token=tmp_path / "fired")
     subprocess.run(["fedflow", "run", ...], env={**os.environ, **fault.environment()})  # dies before round 1 is committed
 
-The library has no hook for this. In the process that is to fail, `Fault.arm` wraps `ObjectStore.put` and
-`Trainer.train`; `Fault.environment` does so in every Python process below one that is started with it, also in those
+The library has no hook for this. In the process that is to fail, `Fault.arm` wraps `ObjectStore.put`,
+`ObjectStore.write_stream` and `Trainer.train`; `Fault.environment` does so in every Python process below one that is started with it, also in those
 that a Prefect worker starts, as soon as they import fedflow's engine and not before.
 """
 
@@ -98,16 +98,22 @@ def watching(path: Path, base: Mapping[str, str] = os.environ) -> dict[str, str]
 
 
 def _arm(trap: _Trap) -> None:
-    """Wrap the two places where a fault can strike."""
+    """Wrap the places where a fault can strike."""
     from fedflow.local.trainer import Trainer
     from fedflow.store.objects import ObjectStore
 
-    put, train = ObjectStore.put, Trainer.train
+    put, write_stream, train = ObjectStore.put, ObjectStore.write_stream, Trainer.train
 
     def faulty_put(store: ObjectStore, key: str, data: Any, **options: Any) -> None:
         trap.reached(f"{store.url}/{key}", "before", store)
         put(store, key, data, **options)
         trap.reached(f"{store.url}/{key}", "after", store)
+
+    def faulty_write_stream(store: ObjectStore, key: str, parts: Any, **options: Any) -> Any:
+        trap.reached(f"{store.url}/{key}", "before", store)
+        ref = write_stream(store, key, parts, **options)
+        trap.reached(f"{store.url}/{key}", "after", store)
+        return ref
 
     def faulty_train(trainer: Trainer, broadcast: Any, ctx: Any, **options: Any) -> Any:
         def on_step(done: int, planned: int | None) -> None:
@@ -117,6 +123,7 @@ def _arm(trap: _Trap) -> None:
         return train(replace(trainer, on_step=on_step), broadcast, ctx, **options)
 
     ObjectStore.put = faulty_put  # type: ignore[assignment,method-assign]
+    ObjectStore.write_stream = faulty_write_stream  # type: ignore[assignment,method-assign]
     Trainer.train = faulty_train  # type: ignore[assignment,method-assign]
 
 

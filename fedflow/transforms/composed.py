@@ -30,6 +30,10 @@ class Transformed(Algorithm):
         return bool(self.algorithm.partitionable)
 
     @property
+    def by_rows(self) -> bool:  # type: ignore[override]
+        return bool(self.algorithm.by_rows and all(t.by_rows for t in self.transforms))
+
+    @property
     def partial_updates(self) -> bool:  # type: ignore[override]
         return bool(self.algorithm.partial_updates)
 
@@ -45,6 +49,10 @@ class Transformed(Algorithm):
     @property
     def least_updates(self) -> int:
         return int(self.algorithm.least_updates)
+
+    @property
+    def gathers(self) -> bool:
+        return bool(self.algorithm.gathers)
 
     @property
     def measures(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -24,6 +24,7 @@ class Cast(Lossy):
     excludes the update; bfloat16 keeps 8 bits and float32's range."""
 
     kind: Literal["cast"] = "cast"
+    by_rows: ClassVar[bool] = True
     dtype: Literal["float16", "bfloat16"] = "bfloat16"
     broadcast: bool = False
     """Whether what sites receive is cast too: they then train from the rounded model."""

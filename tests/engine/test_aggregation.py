@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -34,16 +35,21 @@ from fedflow.types import Aggregate, Groups, RoundContext, Tensors, Update
 from tests.builders import SITES, head, keys, recipe, run
 
 
-def closed(folder: Path, **fields: Any) -> tuple[Journal, Plan, Closing]:
-    """Round 0, closed."""
+def closed(folder: Path, number: int = 0, **fields: Any) -> tuple[Journal, Plan, Closing]:
+    """A run whose round `number` is closed, and those before it are committed."""
     store = ObjectStore(str(folder / "store"))
     journal = start_run(store, "run", recipe(**fields), SITES)
-    step = next_step(journal, journal.recipe())
-    assert step is not None
-    plan, opening = open_round(journal, step)
-    for site in SITES:
-        site_step(SiteWork("run", 0, plan.phase), SiteConfig(name=site, store=store.url, state=str(folder / site)))
-    return journal, plan, close_round(journal, plan, opening, survey(journal, plan), why="every site answered")
+    while True:
+        step = next_step(journal, journal.recipe())
+        assert step is not None
+        plan, opening = open_round(journal, step)
+        for site in SITES:
+            work = SiteWork("run", step.round, plan.phase)
+            site_step(work, SiteConfig(name=site, store=store.url, state=str(folder / site)))
+        closing = close_round(journal, plan, opening, survey(journal, plan), why="every site answered")
+        if step.round == number:
+            return journal, plan, closing
+        aggregate_round(journal, plan, closing)
 
 
 @pytest.fixture(scope="module")
@@ -53,23 +59,62 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_any_bucket_size_gives_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+ALGORITHMS: list[dict[str, Any]] = [
+    {"kind": "fedavg", "server_learning_rate": 0.7},
+    {"kind": "scaffold"},
+    {"kind": "fedopt", "server_optimizer": "adam"},
+    {"kind": "diloco", "apply_outer_optimizer_to": "all_floating"},
+    {"kind": "fedavg", "reduction": {"kind": "geometric_median"}},
+    {"kind": "fedavg", "transfer": "delta", "reduction": {"kind": "norm_clip", "max_norm": 0.1}},
+]
+
+
+@pytest.mark.parametrize("number", [0, 1])  # moments come into being, and are read again
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda fields: str(fields.get("reduction", fields)["kind"]))
+def test_no_byte_depends_on_the_memory_or_on_the_threads(
+    algorithm: dict[str, Any], number: int, tmp_path: Path
+) -> None:
+    """From a row at a time to everything at once."""
+    _, plan, closing = closed(tmp_path, number, algorithm=algorithm)
+
+    def found(budget: int, threads: int) -> Any:
+        shutil.rmtree(tmp_path / "copy", ignore_errors=True)
+        shutil.copytree(tmp_path / "store", tmp_path / "copy")
+        journal = Journal(ObjectStore(str(tmp_path / "copy")), "run")
+        manifest = aggregate_round(journal, plan, closing, memory_budget=budget, threads=threads)
+        objects = {key: journal.store.get(key) for key in journal.store.list() if key.endswith(".safetensors")}
+        return manifest.model_digest, manifest.state, manifest.broadcast, manifest.model, objects
+
+    expected = found(sys.maxsize, 1)
+
     @settings(max_examples=8, deadline=None)
-    @given(st.integers(1, 400))
-    def holds(bucket_bytes: int) -> None:
-        found = []
-        for size in (None, bucket_bytes):
-            shutil.rmtree(tmp_path / "copy", ignore_errors=True)
-            shutil.copytree(folder / "store", tmp_path / "copy")
-            journal = Journal(ObjectStore(str(tmp_path / "copy")), "run")
-            plan = journal.plan(0, "train")
-            closing = journal.closing(plan, 1) if plan else None
-            assert plan is not None and closing is not None
-            manifest = aggregate_round(journal, plan, closing, bucket_bytes=size)
-            found.append((manifest.model_digest, manifest.state))
-        assert found[0] == found[1]
+    @given(st.sampled_from([1024, 4096]) | st.integers(1, 30_000), st.sampled_from([1, 8]))
+    def holds(memory_budget: int, threads: int) -> None:
+        assert found(memory_budget, threads) == expected
 
     holds()
+
+
+def test_an_algorithm_that_sees_whole_names_only_is_given_them(tmp_path: Path) -> None:
+    _, plan, closing = closed(tmp_path, algorithm="tests.engine.test_aggregation:Normalised")
+    copies = []
+    for budget in (1, sys.maxsize):
+        shutil.copytree(tmp_path / "store", tmp_path / str(budget))
+        copy = Journal(ObjectStore(str(tmp_path / str(budget))), "run")
+        copies.append(aggregate_round(copy, plan, closing, memory_budget=budget).model_digest)
+    assert copies[0] == copies[1]
+
+
+class Normalised(FedAvg):
+    """Its step has the same length for every tensor."""
+
+    kind: Any = "normalised"
+    by_rows: ClassVar[bool] = False
+
+    def server_update(self, state: Any, aggregate: Aggregate, ctx: RoundContext) -> Any:
+        new = super().server_update(state, aggregate, ctx)
+        steps = {name: x - state.params[name] for name, x in new.params.items()}
+        return replace(new, params={name: state.params[name] + d / (1 + d.norm()) for name, d in steps.items()})
 
 
 def test_twice_the_same_aggregation_writes_the_same_objects(folder: Path, tmp_path: Path) -> None:
@@ -153,7 +198,7 @@ def test_scalars_that_differ_between_parts_of_the_names_are_found(tmp_path: Path
         FedflowError,
         match=r"Counting\.names: found 0 and 1 from two parts of the names.*compute scalars from the context",
     ):
-        aggregate_round(journal, plan, closing, bucket_bytes=1)
+        aggregate_round(journal, plan, closing, memory_budget=1)
     assert journal.manifest(0, "train") is None
 
 

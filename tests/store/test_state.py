@@ -12,8 +12,9 @@ from torch import Tensor
 
 from fedflow.errors import FedflowError
 from fedflow.store.objects import ObjectStore
-from fedflow.store.state import merge, read_state, restrict, tensor_fields, write_state
+from fedflow.store.state import StateReader, read_outline, read_state, tensor_fields, write_state
 from fedflow.tensors import model_digest
+from fedflow.types import spec_of
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,19 @@ def test_a_state_comes_back_as_it_was(store: ObjectStore) -> None:
 
 
 def test_a_part_of_the_names_is_the_same_part_of_every_field(store: ObjectStore) -> None:
-    state = momentum()
-    part = read_state(store, Momentum, write_state(store, "objects", state), ["b", "unknown"])
-    assert digests(part) == digests(restrict(state, ["b"])) and list(part.velocity) == ["b"]
+    state = momentum(step=3)
+    reader = StateReader(store, Momentum, write_state(store, "objects", state))
+    part = reader.read({"b": None, "a": (1, 3), "unknown": None})
+    reader.finish()
+    assert digests(part) == digests(Momentum(*({"a": t["a"][1:], "b": t["b"]} for t in (state.params, state.velocity))))
+    assert part.step == 3
+
+
+def test_an_outline_has_shapes_and_no_values(store: ObjectStore) -> None:
+    state = momentum(step=3)
+    found = read_outline(store, Momentum, write_state(store, "objects", state))
+    assert found.step == 3 and spec_of(tensor_fields(found)) == spec_of(tensor_fields(state))
+    assert all(t.is_meta for tensors in tensor_fields(found).values() for t in tensors.values())
 
 
 def test_tensors_that_lie_somewhere_already_are_not_written_again(store: ObjectStore) -> None:
@@ -59,17 +70,6 @@ def test_tensors_that_lie_somewhere_already_are_not_written_again(store: ObjectS
     known = {id(state.params): first.tensors["params"]}
     again = write_state(store, "server", state, known)
     assert again.tensors["params"].key.startswith("public/") and again.tensors["velocity"].key.startswith("server/")
-
-
-def test_parts_of_the_names_make_the_whole() -> None:
-    state = momentum(step=2)
-    whole = merge([restrict(state, ["b"]), restrict(state, []), restrict(state, ["a"])])
-    assert digests(whole) == digests(state) and whole.step == 2
-
-
-def test_parts_that_disagree_about_a_scalar_are_refused() -> None:
-    with pytest.raises(FedflowError, match=r"Momentum\.step: found 2 and 1 from two parts"):
-        merge([restrict(momentum(step=1), ["a"]), restrict(momentum(step=2), ["b"])])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,177 @@
+"""All updates of a phase and the state before it, reduced to the state after it: a part of the names at a time."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from pydantic import JsonValue
+from torch import Tensor
+
+from fedflow.algorithm import Algorithm
+from fedflow.engine import outputs
+from fedflow.engine.outputs import Layout, LayoutChanged, Made, Output, Written
+from fedflow.engine.updates import Contributor
+from fedflow.engine.walk import Line, Size, in_order, parts_of, segments_of, sizes_of
+from fedflow.store.journal import Journal
+from fedflow.store.records import Manifest
+from fedflow.store.state import StateReader, scalars_of, tensor_fields
+from fedflow.store.tensors import Part
+from fedflow.types import RoundContext, Tensors, Update, canonical_json
+
+__all__ = ["Reduction"]
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """What `updates` make of the state of `head`, in at most about `budget` bytes of memory and `threads` threads."""
+
+    journal: Journal
+    algorithm: Algorithm
+    head: Manifest
+    updates: Sequence[Contributor]
+    context: RoundContext
+    budget: int
+    threads: int
+
+    @cached_property
+    def _state(self) -> StateReader:
+        return StateReader(self.journal.store, self.algorithm.State, self.head.state)
+
+    @cached_property
+    def _sizes(self) -> dict[str, Size]:
+        kept = len(self.updates) if self.algorithm.gathers else 1
+        specs = [update.spec for update in self.updates]
+        return sizes_of(self._state.spec, specs, kept=kept, by_rows=self.algorithm.by_rows)
+
+    def _divided(self, divide: Any) -> list[Part]:
+        """The parts; one where the algorithm cannot be partitioned, or where everything fits."""
+        if not self.algorithm.partitionable:
+            return [dict.fromkeys(self._sizes)]
+        parts: list[Part] = divide(self._sizes, self.budget)
+        return parts if len(parts) == 1 else divide(self._sizes, self.budget // self.threads)
+
+    # -- the passes
+    def write(self, public: str, server: str, closing: str) -> Written:
+        """Write what the new state consists of, each object once, and verify every byte that was read.
+
+        public, server: prefixes of what sites may see and may not; closing: the digest of the closing
+        """
+        run = _Run(self, replace(self.context, measured=self._measured()), self._divided(parts_of))
+
+        def written(layouts: Mapping[Output, Layout], parts: Iterable[tuple[Part, Made]]) -> Written:
+            prefixes = {"broadcast": public, "state": server, "model": server}
+            origin = canonical_json([self.head.digest(), closing]).decode()
+            return outputs.write(self.journal.store, layouts, parts, parent=self.head, prefixes=prefixes, origin=origin)
+
+        if len(run.parts) == 1:
+            made = list(run.made())
+            return written(outputs.learned(made), made)
+        try:
+            with contextlib.closing(run.made()) as parts:
+                return written(outputs.remembered(self.journal.store, self.head, self._sizes), parts)
+        except LayoutChanged:  # as in the first step of an optimizer, whose moments were not there before
+            layouts = outputs.learned(run.made())
+        with contextlib.closing(run.made()) as parts:
+            return written(layouts, parts)
+
+    def _measured(self) -> Tensors:
+        """Σ over all parts of what `algorithm.measure` finds, in their order."""
+        if not self.algorithm.measures:
+            return {}
+        total: dict[str, Tensor] = {}
+        run = _Run(self, self.context, self._divided(segments_of))
+        for _, found in run.measured():
+            for name, value in found.items():
+                total[name] = total[name] + value if name in total else value
+        return total
+
+    def scalars(self, written: Written) -> dict[str, JsonValue]:
+        """The new state's fields that are no tensors."""
+        return {name.rpartition(".")[2]: value for name, value in written.scalars.items()}
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One pass over the parts."""
+
+    of: Reduction
+    context: RoundContext
+    parts: Sequence[Part]
+    _lines: dict[int, Line] = field(default_factory=dict)
+
+    def made(self) -> Generator[tuple[Part, Made], None, None]:
+        for part, made in self._passed(self._make):
+            extra = {name: None for tensors in made.outputs.values() for name in tensors if name not in part}
+            yield {**part, **extra}, made
+        self._finish()
+
+    def measured(self) -> Generator[tuple[Part, Tensors], None, None]:
+        yield from self._passed(self._measure)
+        self._finish()
+
+    def _passed(self, work: Any) -> Iterator[tuple[Part, Any]]:
+        """An object is read from front to back: each has a line in which parts wait for their turn."""
+        self._lines.clear()
+        self._lines.update({i: Line() for i in range(len(self.of.updates) + 1)})
+        return in_order(work, self.parts, self._lines.values(), self.of.threads)
+
+    def _finish(self) -> None:
+        for update in self.of.updates:
+            update.finish()
+        self.of._state.finish()
+
+    def _old(self, number: int, part: Part) -> Any:
+        with self._lines[0].turn(number):
+            return self.of._state.read(part)
+
+    def _loaded(self, number: int, part: Part, state: Any) -> Iterator[Update]:
+        for i, update in enumerate(self.of.updates, start=1):
+            with self._lines[i].turn(number):
+                loaded = update.load(part)
+            yield self.of.algorithm.decode(loaded, state, self.context.phase)
+
+    def _measure(self, number: int, part: Part) -> Tensors:
+        updates = self._loaded(number, part, self._old(number, part))
+        found = self.of.algorithm.measure(updates, self.context)
+        _exhaust(updates)
+        return found
+
+    def _make(self, number: int, part: Part) -> Made:
+        algorithm, old = self.of.algorithm, self._old(number, part)
+        updates = self._loaded(number, part, old)
+        aggregate = algorithm.aggregate(updates, self.context)
+        _exhaust(updates)
+        new = algorithm.server_update(old, aggregate, self.context)
+        groups = {
+            "broadcast": algorithm.broadcast(new, following(algorithm, self.context.phase)),
+            "state": tensor_fields(new),
+            "model": algorithm.model(new),
+        }
+        made = {
+            Output(kind, name): _ordered(tensors, part)  # type: ignore[arg-type]
+            for kind, found in groups.items()
+            for name, tensors in found.items()
+        }
+        scalars = {f"{type(new).__name__}.{name}": value for name, value in scalars_of(new).items()}
+        return Made(tensor_fields(old), made, scalars)
+
+
+def following(algorithm: Algorithm, phase: str) -> str:
+    """The phase after `phase`, be it of the next round."""
+    return algorithm.phases[(algorithm.phases.index(phase) + 1) % len(algorithm.phases)]
+
+
+def _exhaust(updates: Iterator[Update]) -> None:
+    """Whoever is waiting behind this part is to have its turn, whatever the algorithm did with it."""
+    for _ in updates:
+        pass
+
+
+def _ordered(tensors: Tensors, part: Part) -> Mapping[str, Tensor]:
+    """In the order of the part, then what is in none."""
+    known = {name: tensors[name] for name in part if name in tensors}
+    return {**known, **{name: tensors[name] for name in sorted(tensors.keys() - known.keys())}}

@@ -57,11 +57,12 @@ Spec = Mapping[str, Mapping[str, TensorSpec]]
 
 
 def spec_of(groups: Groups) -> dict[str, dict[str, TensorSpec]]:
-    """The spec that `groups` itself fulfils."""
-    return {
-        group: {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-        for group, tensors in groups.items()
-    }
+    """The spec that `groups` itself fulfils. Mappings that know theirs (`spec`) are asked for it, and no tensor is read."""
+    return {group: getattr(tensors, "spec", None) or _specs(tensors) for group, tensors in groups.items()}
+
+
+def _specs(tensors: Tensors) -> dict[str, TensorSpec]:
+    return {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
 
 
 @dataclass(frozen=True)

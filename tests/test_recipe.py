@@ -147,7 +147,7 @@ def test_durations_are_read_as_people_write_them(written: Any, meant: timedelta)
 
 def test_the_digest_is_of_what_a_resume_may_not_change() -> None:
     may = {"rounds": 11, "quorum": 4, "min_sites": 3, "required_sites": [], "attempts": 1, "wait_for_sites": "1m"}
-    may["timeouts"] = {"round_deadline": "3h"}
+    may |= {"timeouts": {"round_deadline": "3h"}, "memory_budget": "1GiB"}
     assert may.keys() == AMENDABLE
     for field, value in may.items():
         assert Recipe.load({**FULL.model_dump(), field: value}).digest() == FULL.digest(), field

@@ -151,9 +151,11 @@ class Averaging(Algorithm):
         local = work.train(start, ctx)
         return local.update(ctx, self.payload(start, local)), self.kept(local)
 
-    def start(self, broadcast: Groups, site_state: Any) -> dict[str, dict[str, Tensor]]:
+    def start(self, broadcast: Groups, site_state: Any) -> Groups:
         """The model that a site trains from: what it was sent, with what is its own in its place."""
-        own: Tensors = site_state.personal if self.personal else {}
+        if not self.personal:
+            return model_groups(broadcast)
+        own: Tensors = site_state.personal
         return {g: {n: own.get(n, t) for n, t in tensors.items()} for g, tensors in model_groups(broadcast).items()}
 
     def payload(self, start: Groups, local: LocalResult) -> dict[str, Tensors]:

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from fedflow.cli import doctor, files, looking, recipes, runs, servers, sites
+from fedflow.cli import doctor, files, looking, recipes, runs, servers, sites, stores
 from fedflow.cli.options import Session
 from fedflow.cli.text import complain
 from fedflow.errors import FedflowError, ObjectCorrupt, StoreError, UserError
@@ -62,6 +62,7 @@ app.command("ui")(servers.ui)
 app.command("deploy")(servers.deploy)
 app.add_typer(recipes.app, name="recipe")
 app.add_typer(sites.app, name="site")
+app.add_typer(stores.app, name="store")
 app.command("doctor")(doctor.doctor)
 
 

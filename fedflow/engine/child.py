@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import signal
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -16,12 +16,14 @@ from typing import Any
 
 from fedflow import errors
 from fedflow.engine.aggregation import evaluate_round
-from fedflow.engine.rounds import commit_round
+from fedflow.engine.rounds import commit_round, start_run
 from fedflow.errors import FedflowError, RoundError
+from fedflow.recipe import Recipe
 from fedflow.store.journal import Journal
 from fedflow.store.objects import ObjectStore
+from fedflow.types import SiteId
 
-__all__ = ["aggregate_in_child", "evaluate_in_child", "warm_up"]
+__all__ = ["aggregate_in_child", "evaluate_in_child", "start_in_child", "warm_up"]
 
 _context = multiprocessing.get_context("forkserver")
 
@@ -30,6 +32,14 @@ def warm_up(*modules: str) -> None:
     """Have the fork server import everything, and `modules`, once; a child then starts in milliseconds."""
     _context.set_forkserver_preload(["fedflow.engine.child", *modules])
     forkserver.ensure_running()
+
+
+def start_in_child(
+    store: str, options: dict[str, Any], run: str, recipe: Recipe, sites: Sequence[SiteId], *, timeout: float
+) -> None:
+    """Begin a run, or find it begun: the model is built and written there, and its memory given back. Raises what
+    `start_run` raises."""
+    _call("start", [store, options, run, recipe.model_dump(mode="json"), list(sites)], timeout)
 
 
 def aggregate_in_child(
@@ -42,6 +52,10 @@ def aggregate_in_child(
 def evaluate_in_child(store: str, options: dict[str, Any], run: str, round: int, phase: str, *, timeout: float) -> None:
     """Evaluate a committed round at the server."""
     _call("evaluate", [store, options, run, round, phase], timeout)
+
+
+def _start(store: str, options: dict[str, Any], run: str, recipe: dict[str, Any], sites: list[str]) -> None:
+    start_run(ObjectStore(store, options), run, Recipe.model_validate(recipe), sites)
 
 
 def _aggregate(store: str, options: dict[str, Any], run: str, round: int, phase: str, opening: int) -> None:
@@ -59,7 +73,7 @@ def _evaluate(store: str, options: dict[str, Any], run: str, round: int, phase: 
     evaluate_round(journal, manifest)
 
 
-_CALLS: dict[str, Callable[..., None]] = {"aggregate": _aggregate, "evaluate": _evaluate}
+_CALLS: dict[str, Callable[..., None]] = {"start": _start, "aggregate": _aggregate, "evaluate": _evaluate}
 
 
 def _call(name: str, args: list[Any], timeout: float) -> None:

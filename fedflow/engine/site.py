@@ -12,13 +12,13 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from fedflow import __version__
 from fedflow.algorithm import Algorithm
@@ -45,7 +45,7 @@ from fedflow.store.journal import Journal
 from fedflow.store.objects import ObjectStore
 from fedflow.store.records import Failure, Opening, Plan, SiteStateRecord, UpdateManifest, finite, utc_now
 from fedflow.store.state import read_state, write_state
-from fedflow.store.tensors import read_tensors, write_tensors
+from fedflow.store.tensors import StoredTensors, read_tensors, write_tensors
 from fedflow.types import RoundContext, Update, derive_seed
 
 __all__ = ["SiteWork", "failure_of", "hard_deadline", "site_step"]
@@ -114,7 +114,7 @@ def site_step(
         memory = Memory(lambda: states.read_training(plan.tasks[config.name].state_base))
         setup = Setup(model or build, recipe.training_at(config.name), recipe.numerics, on_step, memory)
         training = training_of(_workload(recipe, config, journal) if workload is None else workload, setup)
-        update, state = _run_algorithm(recipe.computation, root, plan, config.name, recipe.seed, states, training)
+        update, state = _run_algorithm(recipe, root, plan, config.name, states, training)
         update = replace(update, attempt=work.attempt)
         manifest = _send(journal, plan, opening, work, update, state, memory, states, time.monotonic() - started)
     del training, setup, memory, update, state
@@ -157,9 +157,9 @@ def _sent(journal: Journal, plan: Plan, opening: Opening, site: str) -> UpdateMa
 
 
 def _run_algorithm(
-    algorithm: Algorithm, root: ObjectStore, plan: Plan, site: str, seed: int, states: _States, training: Any
+    recipe: Recipe, root: ObjectStore, plan: Plan, site: str, states: _States, training: Any
 ) -> tuple[Update, Any]:
-    task = plan.tasks[site]
+    algorithm, task = recipe.computation, plan.tasks[site]
     steps = {} if task.steps is None else {"steps": task.steps}
     context = RoundContext(
         run=plan.run,
@@ -167,14 +167,20 @@ def _run_algorithm(
         phase=plan.phase,
         site=site,
         num_sites=plan.num_sites,
-        seed=derive_seed(seed, plan.round, plan.phase, site),
+        seed=derive_seed(recipe.seed, plan.round, plan.phase, site),
         overrides={**task.overrides, **steps},
     )
-    broadcast = {group: read_tensors(root, ref) for group, ref in plan.broadcast.items()}
+    broadcast = _received(root, plan, recipe.memory_budget)
     before = states.read(algorithm, task.state_base, site)
     state = algorithm.init_site(broadcast, training, context) if before is None else before
     update, after = algorithm.site_update(broadcast, state, training, context)
     return replace(update, state_base=task.state_base), after
+
+
+def _received(root: ObjectStore, plan: Plan, budget: int) -> dict[str, Mapping[str, Tensor]]:
+    """The broadcast; where it is larger than the budget, tensor by tensor out of the store, whenever one is asked for."""
+    fits = sum(ref.size for ref in plan.broadcast.values()) <= budget
+    return {g: read_tensors(root, ref) if fits else StoredTensors(root, ref) for g, ref in plan.broadcast.items()}
 
 
 def _send(

@@ -163,7 +163,8 @@ def in_order(
     `work` takes its turn at every one of `lines`. If one fails its error is raised, and nothing is left running.
     """
     if workers == 1 or len(parts) == 1:
-        yield from ((part, work(number, part)) for number, part in enumerate(parts))
+        with _one_thread_each():
+            yield from ((part, work(number, part)) for number, part in enumerate(parts))
         return
     lines, failures = list(lines), list[BaseException]()
 
@@ -202,7 +203,7 @@ def _result(part: Part, future: Future[T], failures: list[BaseException]) -> tup
 
 @contextmanager
 def _one_thread_each() -> Iterator[None]:
-    """torch's own threads would get in each other's way."""
+    """torch's own threads would get in each other's way, and stand still when another process has their processor."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -10,8 +10,8 @@ from uuid import UUID
 from prefect import Flow, flow, get_run_logger, runtime, tags
 from prefect.client.schemas.objects import FlowRun, State
 
-from fedflow.engine.child import warm_up
-from fedflow.engine.rounds import amend_run, next_step, recording_outcome, start_run
+from fedflow.engine.child import start_in_child, warm_up
+from fedflow.engine.rounds import amend_run, next_step, recording_outcome
 from fedflow.engine.summary import summarize
 from fedflow.errors import RoundError
 from fedflow.flows.round import evaluate, federated_round, journal_of
@@ -100,9 +100,11 @@ def begin(recipe: Recipe, federation: Federation, run: str) -> Journal:
     place = journal_of(federation, run)
     if is_retry():
         return place
-    journal = start_run(place.store, run, recipe, federation.names)
-    amend_run(journal, recipe, sites=federation.names)
-    return journal
+    warm_up(*recipe.server_modules())
+    options, timeout = dict(federation.store_options), recipe.timeouts.round_deadline.total_seconds()
+    start_in_child(place.store.url, options, run, recipe, federation.names, timeout=timeout)
+    amend_run(place, recipe, sites=federation.names)
+    return place
 
 
 def is_retry() -> bool:

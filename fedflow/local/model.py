@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fedflow.errors import CheckpointError, ResolveError, field_error
 from fedflow.registry import call, resolve
-from fedflow.types import Groups, TensorSpec, derive_seed
+from fedflow.types import Groups, TensorSpec, derive_seed, spec_of
 
 __all__ = ["build_model", "load_checkpoint", "load_groups", "model_groups", "with_aliases"]
 
@@ -53,25 +53,30 @@ def load_groups(model: nn.Module, groups: Groups) -> None:
     """Copy `groups` into the model. Raises CheckpointError listing every name or shape that does not fit; then the model
     is unchanged."""
     own = {name: tensor for tensors in model_groups(model).values() for name, tensor in tensors.items()}
-    given = {name: tensor for tensors in groups.values() for name, tensor in tensors.items()}
-    problems = mismatches(own, given)
+    given = {name: spec for specs in spec_of(groups).values() for name, spec in specs.items()}
+    problems = _differences(spec_of({"": own})[""], given)
     if problems:
         raise CheckpointError(
             f"the tensors do not fit the model: {'; '.join(problems)}; give a checkpoint of this model"
         )
     with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(given[name])
+        for tensors in groups.values():
+            for name in tensors:
+                own[name].copy_(tensors[name])  # one at a time: they may be read from a store
 
 
 def mismatches(own: Mapping[str, Tensor], given: Mapping[str, Tensor], most: int = 8) -> list[str]:
     """Differences in names, shapes and dtypes, at most `most` of them spelled out."""
+    ours, theirs = spec_of({"ours": own, "theirs": given}).values()
+    return _differences(ours, theirs, most)
+
+
+def _differences(own: Mapping[str, TensorSpec], given: Mapping[str, TensorSpec], most: int = 8) -> list[str]:
     found = [f"{name} is missing" for name in own if name not in given]
     found += [f"{name} is not in the model" for name in given if name not in own]
     for name in own.keys() & given.keys():
-        ours, theirs = (TensorSpec(tuple(t[name].shape), t[name].dtype) for t in (own, given))
-        if ours != theirs:
-            found.append(f"{name} is {theirs}, the model has {ours}")
+        if own[name] != given[name]:
+            found.append(f"{name} is {given[name]}, the model has {own[name]}")
     found.sort()
     return found if len(found) <= most else [*found[:most], f"and {len(found) - most} more"]
 

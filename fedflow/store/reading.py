@@ -46,6 +46,10 @@ class Reader:
         if self._at % self._chunk:
             self._skip_to(self._end)
 
+    def verify(self) -> None:
+        """Read and verify whatever lies behind what was read last. Raises ObjectMissing, ObjectCorrupt."""
+        self._skip_to(self.ref.size)
+
     @property
     def _end(self) -> int:
         """Where the chunk ends that is being read."""

@@ -23,7 +23,17 @@ from fedflow.store.reading import Reader
 from fedflow.tensors import raw_bytes
 from fedflow.types import Tensors, TensorSpec, spec_of
 
-__all__ = ["Part", "Rows", "TensorReader", "file_order", "header", "read_spec", "read_tensors", "write_tensors"]
+__all__ = [
+    "Part",
+    "Rows",
+    "StoredTensors",
+    "TensorReader",
+    "file_order",
+    "header",
+    "read_spec",
+    "read_tensors",
+    "write_tensors",
+]
 
 _DTYPES: dict[str, torch.dtype] = {  # in the order in which the library writes them
     "U64": torch.uint64, "I64": torch.int64, "F64": torch.float64, "C64": torch.complex64,
@@ -157,6 +167,49 @@ def read_tensors(store: ObjectStore, ref: ObjectRef, names: Iterable[str] | None
     found = reader.read(dict.fromkeys(reader.spec if names is None else names))
     reader.finish()
     return {name: found[name] for name in sorted(found)}
+
+
+class StoredTensors(Mapping[str, Tensor]):
+    """The tensors of one object, each read and verified when it is asked for, and not kept; in the order of the file.
+
+    Memory: a chunk of the object, and what the caller keeps. Raises as `TensorReader` does, when it is made and when it reads.
+    """
+
+    def __init__(self, store: ObjectStore, ref: ObjectRef) -> None:
+        self._store, self._ref, self._entries = store, ref, _read_header(store, ref)
+        self._step = ref.chunk_size if ref.chunks else max(ref.size, 1)
+        self._chunk: tuple[int, bytes] = (-1, b"")
+
+    @property
+    def spec(self) -> dict[str, TensorSpec]:
+        """Names, shapes and dtypes, in the order of the file."""
+        return {name: entry.spec for name, entry in self._entries.items()}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __getitem__(self, name: str) -> Tensor:
+        spec, at, end = self._entries[name]
+        tensor = torch.empty(spec.shape, dtype=spec.dtype)
+        rest = raw_bytes(tensor)
+        while at < end:
+            piece = memoryview(self._verified(at // self._step))[at % self._step :][: end - at]
+            rest[: len(piece)] = piece
+            rest, at = rest[len(piece) :], at + len(piece)
+        return tensor
+
+    def _verified(self, number: int) -> bytes:
+        if self._chunk[0] != number:
+            self._chunk = (-1, b"")  # else there would be two for a moment
+            start = number * self._step
+            self._chunk = number, self._store.read(self._ref, start, min(self._ref.size, start + self._step))
+        return self._chunk[1]
 
 
 def read_spec(store: ObjectStore, ref: ObjectRef) -> dict[str, TensorSpec]:

@@ -13,6 +13,7 @@ from tests.cli.project import Project, environment
 COMMANDS = [
     *("run", "resume", "extend", "abort", "logs", "plot", "export", "init", "ui", "deploy", "doctor"),
     *("runs ls", "runs show", "recipe schema", "recipe check", "site start"),
+    *("store verify", "store gc"),
 ]
 
 

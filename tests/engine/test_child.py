@@ -14,9 +14,17 @@ from torch import Tensor, nn
 
 from fedflow.algorithms.fedavg import FedAvg
 from fedflow.engine import close_round, next_step, open_round, site_step, start_run, survey
-from fedflow.engine.child import aggregate_in_child, evaluate_in_child
+from fedflow.engine.child import aggregate_in_child, evaluate_in_child, start_in_child
 from fedflow.engine.site import SiteWork, failure_of, hard_deadline
-from fedflow.errors import OpeningClosed, QuorumLost, ResolveError, RoundError, SiteStateLost, StoreUnavailable
+from fedflow.errors import (
+    OpeningClosed,
+    QuorumLost,
+    ResolveError,
+    RoundError,
+    RunExists,
+    SiteStateLost,
+    StoreUnavailable,
+)
 from fedflow.recipe import SiteConfig
 from fedflow.store.journal import Journal
 from fedflow.store.objects import ObjectStore
@@ -57,6 +65,18 @@ def test_a_child_commits_what_this_process_would(tmp_path: Path) -> None:
     here = run(recipe(rounds=1, evaluation="tests.builders:HeldOut"))
     assert head(journal).model_digest == head(here).model_digest
     assert outcome(journal)["evaluations"] == outcome(here)["evaluations"]
+
+
+def test_a_child_begins_the_run_that_this_process_would(tmp_path: Path) -> None:
+    store = ObjectStore(str(tmp_path))
+    for _ in range(2):
+        start_in_child(store.url, {}, "run", recipe(), list(SITES), timeout=WARM)
+    here = start_run(ObjectStore("memory://here"), "run", recipe(), SITES)
+    assert head(Journal(store, "run")).model_digest == head(here).model_digest
+    with pytest.raises(RunExists, match="seed: 5 there, 6 here"):
+        start_in_child(store.url, {}, "run", recipe(seed=6), list(SITES), timeout=WARM)
+    with pytest.raises(ResolveError, match="model: found 'tests.builders:Nothing'"):
+        start_in_child(store.url, {}, "other", recipe(model="tests.builders:Nothing"), list(SITES), timeout=WARM)
 
 
 def test_a_childs_error_comes_back_as_it_was(tmp_path: Path) -> None:

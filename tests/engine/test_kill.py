@@ -163,11 +163,17 @@ Operation = tuple[str, str, str, bytes]
 def history(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Operation]]:
     """Every write and deletion of this process, in order: (what, URL of the store, key, data)."""
     operations: list[Operation] = []
-    put, delete = ObjectStore.put, ObjectStore.delete
+    put, write_stream, delete = ObjectStore.put, ObjectStore.write_stream, ObjectStore.delete
 
     def remembered_put(store: ObjectStore, key: str, data: bytes, **options: Any) -> None:
         put(store, key, data, **options)
         operations.append(("put", store.url, key, bytes(data)))
+
+    def remembered_write_stream(store: ObjectStore, key: str, parts: Any, **options: Any) -> Any:
+        data = b"".join(bytes(part) for part in parts)
+        ref = write_stream(store, key, [data], **options)
+        operations.append(("put", store.url, key, data))
+        return ref
 
     def remembered_delete(store: ObjectStore, key: str) -> None:
         delete(store, key)
@@ -175,6 +181,7 @@ def history(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Operation]]:
 
     with monkeypatch.context() as patch:
         patch.setattr(ObjectStore, "put", remembered_put)
+        patch.setattr(ObjectStore, "write_stream", remembered_write_stream)
         patch.setattr(ObjectStore, "delete", remembered_delete)
         yield operations
 

@@ -131,7 +131,9 @@ def test_a_name_that_belongs_to_another_recipe_is_refused_naming_the_difference(
     if "model" not in changes:
         with pytest.raises(RunExists, match=rf"run: found 'run' with another recipe \({told}\).*--run-id"):
             started(str(tmp_path), **changes)
-    with pytest.raises(RunExists, match=f"{told}.*expected no change but in attempts, min_sites, quorum"):
+    with pytest.raises(
+        RunExists, match=f"{told}.*expected no change but in attempts, memory_budget, min_sites, quorum"
+    ):
         amend_run(journal, recipe(**changes))
     assert journal.store.list() == before
 

@@ -350,3 +350,13 @@ def test_metrics_that_are_no_numbers_are_told_as_missing() -> None:
 class Odd(Blobs):
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         return {"odd": float("nan") if self.site == "site-1" else float(self.site[-1])}
+
+
+@pytest.mark.parametrize("algorithm", ["fedavg", "scaffold", "diloco", "feddyn"])
+def test_a_model_larger_than_the_memory_budget_ends_with_the_same_bytes(algorithm: str, tmp_path: Path) -> None:
+    """Sites read the broadcast out of the store while they copy it, and the server aggregates it row by row."""
+    large, small = (
+        outcome(run(recipe(algorithm=algorithm))),
+        outcome(run(recipe(algorithm=algorithm, memory_budget=1024), str(tmp_path))),
+    )
+    assert (small["model"], small["state"]) == (large["model"], large["state"])

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedflow.errors import FedflowError, ObjectCorrupt
 from fedflow.store.objects import ObjectRef, ObjectStore
-from fedflow.store.tensors import TensorReader, file_order, read_spec, read_tensors, write_tensors
+from fedflow.store.tensors import StoredTensors, TensorReader, file_order, read_spec, read_tensors, write_tensors
 from fedflow.tensors import model_digest
 from fedflow.types import TensorSpec, spec_of
 
@@ -80,12 +80,15 @@ def test_parts_in_any_order_are_those_of_the_whole(given: dict[str, Tensor], dat
     store = ObjectStore("memory://parts")
     reader = TensorReader(store, store.write("objects", safetensors.torch.save(given), chunk_size=64))
     assert list(reader.spec) == file_order(spec_of({"g": given})["g"])
+    stored = StoredTensors(store, reader.ref)
+    assert list(stored) == list(reader.spec) == list(stored.spec) and "unknown" not in stored
     for name in data.draw(st.lists(st.sampled_from(sorted(given)), max_size=8) if given else st.just([])):
         rows, whole = None, given[name]
         if whole.dim():
             rows = tuple(sorted(data.draw(st.tuples(*[st.integers(0, len(whole))] * 2))))
         found = reader.read({name: rows, "unknown": None})
         expected = whole if rows is None else whole[slice(*rows)]
+        assert model_digest({name: stored[name]}) == model_digest({name: whole})
         assert list(found) == [name] and model_digest(found) == model_digest({name: expected})
     reader.finish()
 

@@ -54,12 +54,19 @@ def evaluate_in_child(store: str, options: dict[str, Any], run: str, round: int,
     _call("evaluate", [store, options, run, round, phase], timeout)
 
 
+def _patient(journal: Journal) -> Journal:
+    """The same, with the run's transfer_timeout."""
+    limit = journal.recipe().durations.transfer_timeout
+    assert limit
+    return Journal(journal.store.patient(limit), journal.run)
+
+
 def _start(store: str, options: dict[str, Any], run: str, recipe: dict[str, Any], sites: list[str]) -> None:
     start_run(ObjectStore(store, options), run, Recipe.model_validate(recipe), sites)
 
 
 def _aggregate(store: str, options: dict[str, Any], run: str, round: int, phase: str, opening: int) -> None:
-    journal = Journal(ObjectStore(store, options), run)
+    journal = _patient(Journal(ObjectStore(store, options), run))
     plan = journal.plan(round, phase)
     closing = journal.closing(plan, opening) if plan else None
     assert plan is not None and closing is not None
@@ -67,7 +74,7 @@ def _aggregate(store: str, options: dict[str, Any], run: str, round: int, phase:
 
 
 def _evaluate(store: str, options: dict[str, Any], run: str, round: int, phase: str) -> None:
-    journal = Journal(ObjectStore(store, options), run)
+    journal = _patient(Journal(ObjectStore(store, options), run))
     manifest = journal.manifest(round, phase)
     assert manifest is not None
     evaluate_round(journal, manifest)

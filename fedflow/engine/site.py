@@ -90,6 +90,9 @@ def site_step(
     root = store or ObjectStore(config.store, config.store_options)
     journal = Journal(root, work.run)
     recipe = journal.recipe({"allowed_imports": config.allowed_imports})
+    assert recipe.durations.transfer_timeout
+    root = root.patient(recipe.durations.transfer_timeout)
+    journal = Journal(root, work.run)
     plan, opening = _plan_of(journal, work)
     if config.name not in plan.tasks:
         raise SiteError("this site is not in the round's cohort", run=work.run, round=work.round, site=config.name)

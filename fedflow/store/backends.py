@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from copy import copy
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol, Self
 from urllib.parse import quote
@@ -63,8 +64,8 @@ _TEMPORARY = f"{RESERVED}tmp-"
 _TEMPORARY_AGE = timedelta(days=1)  # without a write, after which the writer is taken for dead
 
 _CLOUD = ("s3", "gs", "az", "abfs", "abfss")  # schemes that obstore serves
-_CLIENT = {"connect_timeout": 10, "timeout": 120}  # seconds; the second for a whole request, with its up to 32 MiB
-_RETRY = {"max_retries": 100, "retry_timeout": 60, "backoff": {"init_backoff": 0.1, "max_backoff": 10, "base": 3}}
+_CLIENT: dict[str, float] = {"connect_timeout": 10, "timeout": 120}  # seconds; the second for a whole request, with its up to 32 MiB
+_RETRY = {"max_retries": 100, "retry_timeout": 60, "backoff": {"init_backoff": 0.1, "max_backoff": 60, "base": 3}}
 _DOWNLOAD = 32 << 20  # bytes a request
 _UPLOAD, _UPLOADS = 8 << 20, 4  # bytes a request, requests at once
 _STEP = 1 << 20  # bytes of a file that are read at once: they are still in the processor's cache when they are hashed
@@ -99,6 +100,7 @@ class Backend(Protocol):
     probe_writers: int  # in each of them
 
     def at(self, prefix: str) -> Self: ...
+    def patient(self, limit: timedelta) -> Self: ...  # gives up a transfer in which nothing happened for so long
     def create(self, key: str, data: memoryview) -> None: ...  # exclusive
     def overwrite(self, key: str, data: memoryview) -> None: ...
     def stream(self, key: str, parts: Iterator[Data]) -> None: ...  # overwrites
@@ -148,7 +150,7 @@ def connect(url: str, options: dict[str, Any]) -> tuple[str, Backend]:
         return shown, _Fsspec(*_open_fsspec(url, shown, options), secrets)
     if place != rest.rstrip("/"):
         raise StoreError(f"{shown}: found a login in the URL, expected credentials in the options or the environment")
-    return shown, _Cloud(_open_cloud(shown, options, secrets), secrets)
+    return shown, _Cloud(partial(_open_cloud, shown, options, secrets), secrets)
 
 
 # --- errors: what a message may show, and which of ours it is --------------------------------------------------------
@@ -246,6 +248,9 @@ class _Local:
         if not f"{real}/".startswith(base):
             raise KeyEscapesRoot(f"file://{base}: a symbolic link leads from key {key!r} to {real}, out of the root")
         return Path(base + key)
+
+    def patient(self, limit: timedelta) -> Self:
+        return self
 
     def create(self, key: str, data: memoryview) -> None:
         self._put(key, [data], self._publish)
@@ -486,20 +491,26 @@ def _files(directory: str) -> Iterator[str]:
 # --- S3, GCS, Azure --------------------------------------------------------------------------------------------------
 
 
-def _open_cloud(url: str, options: dict[str, Any], secrets: tuple[str, ...]) -> CloudStore:
+def _open_cloud(
+    url: str, options: Mapping[str, Any], secrets: tuple[str, ...], limit: timedelta | None = None
+) -> CloudStore:
+    """limit: no byte for so long is a stall, and so long are requests repeated; what the options say goes before it."""
     try:
         from obstore.store import from_url
     except ImportError:
         raise StoreError(f"{url}: found no package obstore, expected it: pip install 'fedflow[s3]'") from None
-    client = _CLIENT | {"allow_http": _plain_http(options)} | dict(options.pop("client_options", {}))
-    retry = _RETRY | dict(options.pop("retry_config", {}))
+    seconds = limit.total_seconds() if limit else 0.0
+    client = {**_CLIENT, "allow_http": _plain_http(options)}
+    client |= {"read_timeout": seconds, "timeout": max(seconds, _CLIENT["timeout"])} if limit else {}
+    retry = {**_RETRY, **({"retry_timeout": seconds} if limit else {})}
+    others = {name: value for name, value in options.items() if name not in ("client_options", "retry_config")}
     scheme, _, place = url.partition("://")
     try:
         return from_url(
             f"{scheme}://{quote(place, safe='/@:')}",  # from_url decodes; our URLs are literal
-            client_options=_durations(client),
-            retry_config=_durations(retry),
-            **options,
+            client_options=_durations(client | dict(options.get("client_options", {}))),
+            retry_config=_durations(retry | dict(options.get("retry_config", {}))),
+            **others,
         )
     except Exception as exc:
         told = _told(exc, secrets)
@@ -530,12 +541,17 @@ class _Cloud:
 
     probe_races, probe_writers = 1, 4  # SeaweedFS makes the losers of a race wait for whole seconds
 
-    def __init__(self, store: CloudStore, secrets: tuple[str, ...]) -> None:
-        self._store, self._secrets, self._prefix = store, secrets, ""
+    def __init__(self, connect: Callable[..., CloudStore], secrets: tuple[str, ...]) -> None:
+        self._connect, self._store, self._secrets, self._prefix = connect, connect(), secrets, ""
 
     def at(self, prefix: str) -> Self:
         clone = copy(self)
         clone._prefix = f"{self._prefix}{prefix}/"
+        return clone
+
+    def patient(self, limit: timedelta) -> Self:
+        clone = copy(self)
+        clone._store = self._connect(limit)
         return clone
 
     def create(self, key: str, data: memoryview) -> None:
@@ -698,6 +714,9 @@ class _Fsspec:
         clone = copy(self)
         clone._root = f"{self._root}/{prefix}"
         return clone
+
+    def patient(self, limit: timedelta) -> Self:
+        return self
 
     def create(self, key: str, data: memoryview) -> None:
         self._pipe(key, data, "create")

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 from itertools import chain, groupby
 from typing import Any, Literal, Self
 from uuid import uuid4
@@ -206,6 +207,13 @@ class ObjectStore:
     def child(self, prefix: str) -> ObjectStore:
         """The store of all keys below `prefix`, over the same connection. Its keys cannot lead out of it."""
         return self._of(f"{self.url}/{self._checked(prefix)}", self._backend.at(prefix))
+
+    def patient(self, limit: timedelta) -> ObjectStore:
+        """The same store, which gives up a transfer after `limit` without a byte, and repeats requests that fail for as long.
+
+        S3, GCS and Azure only: elsewhere the operating system or the backend decides.
+        """
+        return self._of(self.url, self._backend.patient(limit))
 
     def put(self, key: str, data: Data, *, mode: Literal["create", "overwrite"] = "create") -> None:
         """Store `data` under `key`: whole, durable and visible to all when this returns.

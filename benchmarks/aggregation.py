@@ -96,9 +96,11 @@ def prepare(url: str, options: Mapping[str, Any], mebibytes: int, sites: int, al
 def aggregate(url: str, options: Mapping[str, Any], budget: int | None, threads: int | None) -> dict[str, Any]:
     """The aggregating child's work."""
     from fedflow.engine import aggregate_round
+    from fedflow.memory import keep_freed
     from fedflow.store.journal import Journal
     from fedflow.store.objects import ObjectStore
 
+    keep_freed()
     imported, started = peak(), time.monotonic()
     journal = Journal(ObjectStore(url, options), "run")
     plan = journal.plan(0, "train")

@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-__all__ = ["tidy"]
+__all__ = ["keep_freed", "tidy"]
 
 
 def tidy() -> None:
@@ -23,3 +23,16 @@ def tidy() -> None:
             libc.malloc_trim(0)
     if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.empty_cache()
+
+
+_THRESHOLD, _TRIM, _ARENAS = -3, -1, -8  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_ARENA_MAX of malloc.h
+
+
+def keep_freed() -> None:
+    """Have this process use freed blocks of up to 32 MiB again, where glibc would give them back to the system and ask for
+    fresh ones, which the kernel must clear. For a process that does the same over and over, and then ends.
+    """
+    libc = ctypes.CDLL(None)
+    if sys.platform == "linux" and hasattr(libc, "mallopt"):
+        for option, value in ((_THRESHOLD, 32 << 20), (_TRIM, 1 << 30), (_ARENAS, 1)):
+            libc.mallopt(option, value)

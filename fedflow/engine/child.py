@@ -18,6 +18,7 @@ from fedflow import errors
 from fedflow.engine.aggregation import evaluate_round
 from fedflow.engine.rounds import commit_round, start_run
 from fedflow.errors import FedflowError, RoundError
+from fedflow.memory import keep_freed
 from fedflow.recipe import Recipe
 from fedflow.store.journal import Journal
 from fedflow.store.objects import ObjectStore
@@ -66,6 +67,7 @@ def _start(store: str, options: dict[str, Any], run: str, recipe: dict[str, Any]
 
 
 def _aggregate(store: str, options: dict[str, Any], run: str, round: int, phase: str, opening: int) -> None:
+    keep_freed()
     journal = _patient(Journal(ObjectStore(store, options), run))
     plan = journal.plan(round, phase)
     closing = journal.closing(plan, opening) if plan else None

@@ -64,7 +64,10 @@ _TEMPORARY = f"{RESERVED}tmp-"
 _TEMPORARY_AGE = timedelta(days=1)  # without a write, after which the writer is taken for dead
 
 _CLOUD = ("s3", "gs", "az", "abfs", "abfss")  # schemes that obstore serves
-_CLIENT: dict[str, float] = {"connect_timeout": 10, "timeout": 120}  # seconds; the second for a whole request, with its up to 32 MiB
+_CLIENT: dict[str, float] = {
+    "connect_timeout": 10,
+    "timeout": 120,
+}  # seconds; the second for a whole request, with its up to 32 MiB
 _RETRY = {"max_retries": 100, "retry_timeout": 60, "backoff": {"init_backoff": 0.1, "max_backoff": 60, "base": 3}}
 _DOWNLOAD = 32 << 20  # bytes a request
 _UPLOAD, _UPLOADS = 8 << 20, 4  # bytes a request, requests at once

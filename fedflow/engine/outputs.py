@@ -63,7 +63,7 @@ def remembered(store: ObjectStore, parent: Manifest, names: Iterable[str]) -> di
     found: dict[Output, Layout] = {}
     firsts: dict[ObjectRef, Output] = {}
     for output, ref in _refs(parent).items():
-        spec = read_spec(store, ref)
+        spec = found[firsts[ref]].spec if ref in firsts else read_spec(store, ref)
         ordered = {name: spec[name] for name in sorted(spec, key=lambda name: order.get(name, -1))}
         found[output] = Layout(ordered, firsts.get(ref))
         firsts.setdefault(ref, output)

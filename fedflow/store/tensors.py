@@ -48,6 +48,7 @@ if hasattr(torch, "float8_e8m0fnu"):  # torch 2.7
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _RANK = {dtype: rank for rank, dtype in enumerate(_DTYPES.values())}
 _MAX_HEADER = 100_000_000  # bytes; the library's own limit
+_MOST_HEADERS = 64 << 10  # bytes that hold the header of most models
 _METADATA = "__metadata__"
 
 Rows = tuple[int, int] | None
@@ -221,13 +222,15 @@ def _read_header(store: ObjectStore, ref: ObjectRef) -> dict[str, _Entry]:
     """What the header says, in the order of the file; believed only as far as the file's size allows it."""
     if ref.size < 8:
         raise ObjectCorrupt(f"{ref.key}: found {ref.size} bytes, expected a safetensors file of at least 8")
-    length = int.from_bytes(store.read(ref, 0, 8), "little")
+    first = min(ref.size, max(8, min(ref.chunk_size, _MOST_HEADERS)))
+    begin = store.read(ref, 0, first)  # one read where it can be: each reads and hashes a chunk
+    length = int.from_bytes(begin[:8], "little")
     if length > min(_MAX_HEADER, ref.size - 8):
         raise ObjectCorrupt(
             f"{ref.key}: found a header of {length} bytes, expected at most {min(_MAX_HEADER, ref.size - 8)}"
         )
     try:
-        entries = json.loads(store.read(ref, 8, 8 + length))
+        entries = json.loads(begin[8 : 8 + length] if 8 + length <= len(begin) else store.read(ref, 8, 8 + length))
         found = {name: _entry(entry, 8 + length) for name, entry in entries.items() if name != _METADATA}
         ordered = dict(sorted(found.items(), key=lambda item: item[1][1:]))
         _check_gapless(list(ordered.values()), 8 + length, ref.size)

@@ -1,6 +1,7 @@
 """What every test may ask for: real servers, started once a session at the first test that needs them."""
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 
@@ -17,7 +18,12 @@ from tests.servers import (
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keep Prefect away from the developer's own profile, server and home, and from the network."""
+    """Keep Prefect away from the developer's own profile, server and home, and from the network.
+
+    And let what tests start be interrupted: a shell's background job, and its children, ignore SIGINT.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for name in [name for name in os.environ if name.startswith("PREFECT_")]:
         del os.environ[name]
     home = tempfile.TemporaryDirectory(prefix="fedflow-test-", ignore_cleanup_errors=True)

@@ -53,7 +53,7 @@ def publish_round(run: str, recipe: Recipe, summary: RoundSummary, asked: int) -
     create_table_artifact(
         table=rows,
         key=artifact_key(run, "round"),
-        description=f"Round {summary.round} of {recipe.rounds}: {len(summary.sites)} of {asked} sites count, {summary.seconds:.1f} s. {described}\n\nmodel `{summary.model_digest}`",
+        description=f"Round {summary.round}, {summary.round + 1} of {recipe.rounds}: {len(summary.sites)} of {asked} sites count, {summary.seconds:.1f} s. {described}\n\nmodel `{summary.model_digest}`",
     )
 
 

@@ -61,7 +61,7 @@ def picture(page: Page, name: str) -> None:
 
 
 def test_a_run_its_rounds_and_its_artifacts_can_be_read(poc: Poc, page: Page) -> None:
-    run = poc.execute(builders.recipe(), "looked-at")
+    run = poc.execute(builders.recipe(key_metric={"name": "loss", "mode": "min"}), "looked-at")
     run.result(MINUTES)
     page.goto(str(run.backend.ui()))
     expect(page.get_by_text("looked-at").first).to_be_visible(timeout=PATIENCE)

@@ -80,7 +80,7 @@ class Session:
         self._optimizer: Optimizer | None = None
         self._rate, self._rates = 0.0, dict[int, float]()
         self._stepped: tuple[list[int], set[int]] = ([], set())
-        self._corrected = self._manual = False
+        self._corrected = self._stepping = self._manual = False
         self._streams: list[Stream] = []
         self._buffers: dict[str, Tensor] = {}
         self._place = dict(place or {})
@@ -149,6 +149,7 @@ class Session:
         if self.done == self.planned:
             self.stopped = True
             raise EnoughSteps(self)
+        self._stepping = True
         self._check_trainable()
         if self._preserved is not None:
             self._preserved.restore(optimizer)
@@ -177,8 +178,10 @@ class Session:
             self._corrected = True
 
     def after_step(self, optimizer: Optimizer) -> None:
-        """After `optimizer.step()`."""
-        self._corrected = False
+        """After `optimizer.step()`; nothing where it is over already: a subclass's step around its parent's is one."""
+        if not self._stepping:
+            return
+        self._corrected = self._stepping = False
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and float(found_inf):
             return

@@ -168,6 +168,28 @@ def test_a_step_that_the_scaler_skips_is_no_step(fused: bool) -> None:
     assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
 
 
+def test_a_step_around_the_parents_step_is_one() -> None:
+    """torch has hooks on both, once it has seen an optimizer of the parent's class."""
+
+    class Noted(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+            return super().step(closure)
+
+    torch.optim.SGD(small().parameters(), lr=0.1)
+    model, expected = small(), small()
+    correction = Correction(offset=offset_for(model, 1))
+    with Session(model, correction=correction, steps=5) as session:
+        optimizer = Noted(model.parameters(), lr=0.1)
+        for n, (inputs, targets) in enumerate(loader()):
+            optimizer.param_groups[0]["lr"] = 0.1 * 0.5 ** (n // 3)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(inputs), targets).backward()
+            optimizer.step()
+    assert (session.done, session.lr_sum) == (5, pytest.approx(reference(expected, loader(), correction)[1]))
+    for p, q in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
+
+
 def test_threads_do_not_see_each_other() -> None:
     """Eight sites at once, each with its own correction, each beside an unrelated optimizer: bitwise as one by one."""
 

@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 Progress = Callable[[int, int | None], None]
 S = TypeVar("S", bound=Stream)
 
+_PATIENCE = 1000  # times that data may end without a step in between: epochs that are left over, or a loop without end
+
 
 class EnoughSteps(BaseException):
     """Ends training code that goes on after its last step; only the session that raised it catches it."""
@@ -82,6 +84,7 @@ class Session:
         self._stepped: tuple[list[int], set[int]] = ([], set())
         self._corrected = self._stepping = self._manual = False
         self._streams: list[Stream] = []
+        self._ends = 0
         self._buffers: dict[str, Tensor] = {}
         self._place = dict(place or {})
         self._preserved = Preserved(memory, self._names) if memory is not None else None
@@ -99,10 +102,17 @@ class Session:
         if self._hooks:
             _uninstall(self)
         _LOCAL.sessions = [s for s in _LOCAL.sessions if s is not self]
-        stopped = isinstance(error, EnoughSteps) and error.args[0] is self
-        if error is None or stopped:
+        ended = self.ended(error)
+        if error is None or ended:
+            self.stopped |= ended
             self._finish()
-        return stopped
+        return ended
+
+    def ended(self, error: BaseException | None) -> bool:
+        """Whether `error` is how code ends that goes on after its last step: it is stopped, or asks for a next batch in vain."""
+        if isinstance(error, EnoughSteps):
+            return error.args[0] is self
+        return isinstance(error, StopIteration) and self.done == self.planned and bool(self._streams)
 
     def data(self, loader: Any) -> DataView:
         """`loader` as a stream that goes on where the site stopped reading, and ends once `steps` steps are complete."""
@@ -138,6 +148,10 @@ class Session:
             self._preserved.restore_generators()
 
     def _end_reading(self) -> None:
+        self._ends += 1
+        if self._ends > _PATIENCE:
+            self.stopped = True
+            raise EnoughSteps(self)
         if self._preserved is not None:
             self._preserved.note_generators()
 
@@ -215,6 +229,7 @@ class Session:
     def _count(self, lr: float) -> None:
         self.done += 1
         self.lr_sum += lr
+        self._ends = 0
         for stream in self._streams:
             stream.commit()
         if self.done == self.planned:

@@ -263,6 +263,13 @@ def test_a_command_that_is_not_there(tmp_path: Path) -> None:
         trained(ScriptWorkload("no-such-program x"), start())
 
 
+def test_a_script_that_asks_for_a_next_batch_in_vain_sends_what_it_has(tmp_path: Path) -> None:
+    text = HEAD + "batches = iter(client.data([torch.ones(2, 4)] * 2))\n"
+    text += "optimizer = torch.optim.SGD(model.parameters(), lr=0.1)\nwhile True:\n"
+    text += "    optimizer.zero_grad(); model(next(batches)).sum().backward(); optimizer.step()\n"
+    assert trained(script(text, tmp_path), start(), steps=3).steps == 3
+
+
 def test_a_script_that_goes_on_after_its_steps_sends_what_it_has(tmp_path: Path) -> None:
     text = HEAD + "optimizer = torch.optim.SGD(model.parameters(), lr=0.1)\nwhile True:\n"
     text += "    optimizer.zero_grad(); model(torch.ones(2, 4)).sum().backward(); optimizer.step()\n"

@@ -263,6 +263,64 @@ def test_code_that_reads_its_data_elsewhere_is_stopped_before_the_next_step(capl
         train(s.model, loader(), {})
 
 
+def cycling(data: Any) -> Iterator[Any]:
+    def cycle() -> Iterator[Any]:
+        while True:
+            yield from data
+
+    batches = cycle()
+    for _ in range(20):
+        yield next(batches)
+
+
+def counting(data: Any) -> Iterator[Any]:
+    done = 0
+    while done < 20:
+        for batch in data:
+            yield batch
+            done += 1
+
+
+class Restarting:
+    """The next batch, from the beginning where there is none."""
+
+    def __init__(self, data: Any) -> None:
+        self.data, self.batches = data, iter(data)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        try:
+            return next(self.batches)
+        except StopIteration:
+            self.batches = iter(self.data)
+            return next(self.batches)
+
+
+@pytest.mark.parametrize("loop", [cycling, counting])
+def test_a_loop_without_end_is_stopped(loop: Callable[[Any], Any], caplog: pytest.LogCaptureFixture) -> None:
+    """Data that has ended gives nothing, however often it is asked: without being stopped these would spin for ever."""
+    with caplog.at_level(logging.WARNING, "fedflow"), Session(small(), steps=7) as session:
+        train(session.model, loop(session.data(loader())), {})
+    assert session.done == 7 and "the training went on after its 7 steps and was stopped" in caplog.text
+
+
+def test_code_that_asks_for_a_next_batch_in_vain_is_stopped(caplog: pytest.LogCaptureFixture) -> None:
+    def code(model: nn.Module, data: Any) -> None:
+        optimizer, batches = torch.optim.SGD(model.parameters(), lr=0.1), Restarting(data)
+        for _ in range(20):
+            optimizer.zero_grad()
+            model(next(batches)[0]).sum().backward()
+            optimizer.step()
+
+    with caplog.at_level(logging.WARNING, "fedflow"), Session(small(), steps=7) as session:
+        code(session.model, session.data(loader()))
+    assert session.done == 7 and "the training went on after its 7 steps and was stopped" in caplog.text
+    with pytest.raises(StopIteration), Session(small()) as session:
+        code(session.model, iter([]))
+
+
 def test_code_that_stops_too_early_is_an_error() -> None:
     with (
         pytest.raises(TrainingInvalid, match="steps: found 5, expected exactly 9"),

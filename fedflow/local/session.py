@@ -152,7 +152,7 @@ class Session:
         if self._ends > _PATIENCE:
             self.stopped = True
             raise EnoughSteps(self)
-        if self._preserved is not None:
+        if self._preserved is not None and self.planned is None:
             self._preserved.note_generators()
 
     # -- at every step

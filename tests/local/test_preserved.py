@@ -146,6 +146,14 @@ def test_twelve_rounds_of_five_steps_are_the_script_run_once_for_sixty(name: str
     assert same(rounds(Fresh(), steps=5, count=12), by_hand(LOADERS[name], 60))
 
 
+def test_what_is_drawn_between_epochs_that_are_left_over_belongs_to_no_step() -> None:
+    def twice(model: nn.Module, data: Any, config: Config) -> None:
+        train(model, data, config)  # draws after its loop
+        assert list(data) == []
+
+    assert same(rounds(FunctionWorkload(twice, shuffled()), steps=5, count=3), by_hand(shuffled, 15))
+
+
 def test_the_built_in_loop_goes_on_too() -> None:
     workload = TensorWorkload(INPUTS, TARGETS)
     adamw = {"optimizer": Optimizer(kind="adamw", lr=0.01), "batch_size": 4}

@@ -153,21 +153,35 @@ class DataView(Stream):
 
     def _check(self, strict: bool) -> bool:
         """Whether the order of the batches can be known before they are read."""
-        loader = self._loader
-        if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
-            return True
-        if isinstance(loader, Sequence) and not isinstance(loader, (str, bytes)):
+        unknown = _without_order(self._loader)
+        if unknown is None:
             return True
         text = field_error(
             "data",
-            type(getattr(loader, "dataset", loader)).__name__,
-            "a DataLoader over a dataset with indices, or a list of batches",
+            type(unknown).__name__,
+            "a DataLoader over a dataset with indices and a sampler with a length, or a list of batches",
             "without it a round reads from the beginning",
         )
         if strict:
             raise TrainingInvalid(text)
         log.warning("%s", text)
         return False
+
+
+def _without_order(loader: Any) -> Any:
+    """What keeps the order of the batches from being known before they are read; None where nothing does."""
+    if isinstance(loader, Sequence) and not isinstance(loader, (str, bytes)):
+        return None
+    if not isinstance(loader, DataLoader) or type(loader).__iter__ is not DataLoader.__iter__:
+        return loader  # a loader's own __iter__ may do anything to its batches
+    if isinstance(loader.dataset, IterableDataset):
+        return loader.dataset
+    try:
+        len(loader)
+    except (TypeError, NotImplementedError):
+        sampler = loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
+        return getattr(sampler, "sampler", sampler)
+    return None
 
 
 def _own_generators(loader: Any) -> list[torch.Generator]:

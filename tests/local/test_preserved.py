@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import random
@@ -15,7 +16,7 @@ import safetensors.torch
 import torch
 from torch import nn
 from torch.optim import lr_scheduler as schedulers
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset, WeightedRandomSampler
+from torch.utils.data import DataLoader, IterableDataset, Sampler, TensorDataset, WeightedRandomSampler
 
 from fedflow.algorithm import LocalResult
 from fedflow.errors import SiteError, TrainingInvalid
@@ -201,13 +202,36 @@ class Endless(IterableDataset[Any]):
         return iter(zip(INPUTS, TARGETS, strict=True))
 
 
-def test_data_without_an_order_is_read_from_its_beginning_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+class Forever(Sampler[int]):
+    def __iter__(self) -> Any:
+        return itertools.cycle(range(22))
+
+
+class Negative(DataLoader[Any]):
+    """It does something to its batches."""
+
+    def __iter__(self) -> Any:
+        return (tuple(-part for part in batch) for batch in super().__iter__())
+
+
+UNORDERED: dict[str, tuple[DataLoader[Any], int]] = {
+    "Endless": (DataLoader(Endless(), batch_size=4), 1),
+    "Forever": (DataLoader(TensorDataset(INPUTS, TARGETS), batch_size=4, sampler=Forever()), 1),
+    "Negative": (Negative(TensorDataset(INPUTS, TARGETS), batch_size=4), -1),
+}
+
+
+@pytest.mark.parametrize("name", UNORDERED)
+def test_data_without_an_order_is_read_from_its_beginning_with_a_warning(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    loader, sign = UNORDERED[name]
     with caplog.at_level(logging.WARNING, "fedflow"):
-        view = DataView(DataLoader(Endless(), batch_size=4), place={"epoch": 0, "batch": 3, "length": 6, "start": None})
-        assert torch.equal(next(iter(view))[0], INPUTS[:4])
-    assert "data: found 'Endless', expected a DataLoader over a dataset with indices" in caplog.text
-    with pytest.raises(TrainingInvalid, match="data: found 'Endless'"):
-        DataView(DataLoader(Endless()), strict=True)
+        view = DataView(loader, place={"epoch": 0, "batch": 3, "length": 6, "start": None})
+        assert torch.equal(next(iter(view))[0], sign * INPUTS[:4])
+    assert f"data: found '{name}', expected a DataLoader over a dataset with indices" in caplog.text
+    with pytest.raises(TrainingInvalid, match=f"data: found '{name}'"):
+        DataView(loader, strict=True)
 
 
 def test_data_of_another_size_is_read_from_its_beginning(caplog: pytest.LogCaptureFixture) -> None:

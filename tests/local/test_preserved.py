@@ -22,6 +22,7 @@ from fedflow.algorithm import LocalResult
 from fedflow.errors import SiteError, TrainingInvalid
 from fedflow.local import Config, FunctionWorkload, LocalTrainer, Session, Setup, TensorWorkload, training_of
 from fedflow.local.data import DataView
+from fedflow.local.generators import generators
 from fedflow.local.state import Memory, TrainingState, decode, encode
 from fedflow.recipe import LocalTraining, Numerics, Optimizer
 from fedflow.types import Groups, RoundContext
@@ -130,6 +131,32 @@ LOADERS: dict[str, Callable[[], DataLoader[Any]]] = {
         TensorDataset(INPUTS, TARGETS), batch_size=4, sampler=WeightedRandomSampler([1.0, 2.0] * 11, 22)
     ),
 }
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_workers_draw_as_the_plain_loaders_do(persistent: bool) -> None:
+    """Of a persistent worker that is so in its first epoch; then it is only another epoch's noise, and the same order."""
+
+    def drawn(wrap: Callable[[Any], Any]) -> Any:
+        torch.manual_seed(1)
+        data = wrap(DataLoader(Noise(INPUTS, TARGETS), 22, shuffle=True, num_workers=1, persistent_workers=persistent))
+        (noisy, order), (later, second) = [next(iter(data)) for _ in range(2)]
+        return noisy, order, second, later
+
+    found, expected = drawn(DataView), drawn(lambda loader: loader)
+    same = range(3 if persistent else 4)
+    assert all(torch.equal(found[n], expected[n]) for n in same)
+    assert len({float(noise.sum()) for noise in (found[0], found[3])}) == 2
+
+
+def test_workers_draw_anew_in_every_round() -> None:
+    def first(batch: int) -> torch.Tensor:
+        start = {"epoch": 0, "batch": batch, "length": 22, "start": {**states, "own": []}}
+        loader = DataLoader(Noise(torch.zeros(22, 4), TARGETS), 1, num_workers=1)
+        return next(iter(DataView(loader, place=start)))[0]  # type: ignore[no-any-return]
+
+    states = generators()
+    assert not torch.equal(first(0), first(1)) and torch.equal(first(1), first(1))
 
 
 @pytest.mark.parametrize("name", LOADERS)

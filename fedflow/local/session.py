@@ -85,6 +85,7 @@ class Session:
         self._corrected = self._stepping = self._manual = False
         self._streams: list[Stream] = []
         self._ends = 0
+        self._refusal: TrainingInvalid | None = None
         self._buffers: dict[str, Tensor] = {}
         self._place = dict(place or {})
         self._preserved = Preserved(memory, self._names) if memory is not None else None
@@ -306,6 +307,8 @@ class Session:
                 )
 
     def _finish(self) -> None:
+        if self._refusal is not None:  # and the code went on
+            raise self._refusal
         self._check_trainable()
         self._check_same_parameters()
         if self.done == 0:
@@ -358,7 +361,8 @@ class Session:
         log.warning("%s", text)
 
     def _invalid(self, field: str, found: object, expected: str, fix: str) -> TrainingInvalid:
-        return TrainingInvalid(field_error(field, found, expected, fix), **self._place)
+        self._refusal = TrainingInvalid(field_error(field, found, expected, fix), **self._place)
+        return self._refusal
 
     def _error(self, text: str) -> SiteError:
         return SiteError(text, **self._place)

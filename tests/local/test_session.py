@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import threading
@@ -441,6 +442,15 @@ def test_code_that_cannot_take_part_is_told_why(code: Callable[..., Any], correc
         Session(small(), correction=correction, place=place) as session,
     ):
         code(session.model)
+
+
+def test_code_that_goes_on_after_being_told_cannot_take_part() -> None:
+    def going_on(model: nn.Module) -> None:
+        with contextlib.suppress(Exception):
+            two_optimizers(model)
+
+    with pytest.raises(TrainingInvalid, match="optimizer: found 'SGD and SGD'"), Session(small()) as session:
+        going_on(session.model)
 
 
 def test_a_model_is_in_one_session_at_a_time() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from torch import nn
@@ -102,5 +103,6 @@ def numbers(returned: Any) -> dict[str, float]:
     found: dict[str, float] = {}
     for name, value in returned.items():
         if isinstance(value, (int, float)) or getattr(value, "ndim", None) == 0:
-            found[str(name)] = float(value)
+            with suppress(TypeError, ValueError, RuntimeError):  # a text, a date, a complex number
+                found[str(name)] = float(value)
     return found

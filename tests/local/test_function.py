@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -77,6 +78,8 @@ def test_other_data_is_handed_over_as_it_is() -> None:
     [
         ({"loss": 0.5, "hits": 3, "tensor": torch.tensor(2.0)}, {"loss": 0.5, "hits": 3.0, "tensor": 2.0}),
         ({"loss": 0.5, "history": [1, 2], "name": "x"}, {"loss": 0.5}),
+        ({"loss": 0.5, "best": np.array(["adam"])[0], "day": np.datetime64("2026-01-01")}, {"loss": 0.5}),
+        ({"loss": 0.5, "phase": torch.tensor(1j)}, {"loss": 0.5}),
         (None, {}),
         (Tiny(), {}),
         (0.5, {}),

@@ -25,7 +25,7 @@ from torch import nn
 from fedflow.errors import SiteError
 from fedflow.local import exchange, numerics
 from fedflow.local.exchange import Result, Task
-from fedflow.local.function import Config, numbers
+from fedflow.local.function import Config, examples_in, numbers
 from fedflow.local.model import load_groups
 from fedflow.local.session import Session
 from fedflow.local.state import Memory
@@ -142,7 +142,7 @@ def data(loader: Any) -> Any:
     """`loader` as a stream that goes on where this site stopped reading, and ends once the task's steps are complete."""
     client = _client()
     if client.examples is None:
-        client.examples = len(getattr(loader, "dataset", loader))
+        client.examples = examples_in(loader)
     streams = client.session is not None and (client.task.steps is not None or client.task.preserve)
     return client.session.data(loader) if streams and client.session else loader
 

@@ -263,6 +263,12 @@ def test_a_command_that_is_not_there(tmp_path: Path) -> None:
         trained(ScriptWorkload("no-such-program x"), start())
 
 
+def test_a_script_may_say_how_many_examples_its_data_has(tmp_path: Path) -> None:
+    """Data without a length is no reason to stop; only `send` needs their number."""
+    text = HEAD + "list(client.data(x for x in range(3)))\nstep(model)\nclient.send(examples=3)\n"
+    assert trained(script(text, tmp_path), start()).examples == 3
+
+
 def test_a_script_that_asks_for_a_next_batch_in_vain_sends_what_it_has(tmp_path: Path) -> None:
     text = HEAD + "batches = iter(client.data([torch.ones(2, 4)] * 2))\n"
     text += "optimizer = torch.optim.SGD(model.parameters(), lr=0.1)\nwhile True:\n"

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from prefect import flow, get_run_logger
 from prefect.client.schemas.objects import State
@@ -38,7 +42,7 @@ def local_training(run: str, round: int, phase: str, opening: int, attempt: int,
             log.info("step %d%s", done, f" of {planned}" if planned else "")
 
     try:
-        with hard_deadline(work, config):
+        with hard_deadline(work, config), heard_by(log):
             update = site_step(work, config, progress=progress)
     except OpeningClosed as error:
         return Cancelled(message=str(error))
@@ -50,3 +54,26 @@ def local_training(run: str, round: int, phase: str, opening: int, attempt: int,
         "%d steps on %d examples in %.1f s: %s", update.steps, update.examples, update.seconds, flat(update.metrics)
     )
     return Completed(message=f"update {update.update_digest()}")
+
+
+@contextmanager
+def heard_by(log: Any) -> Iterator[None]:
+    """What fedflow says meanwhile, in whatever thread, goes to `log` too: a script's output, what is started fresh and why."""
+    ours, handler = logging.getLogger("fedflow"), _PassedOn(log)
+    level = ours.level
+    ours.addHandler(handler)
+    ours.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        ours.setLevel(level)
+        ours.removeHandler(handler)
+
+
+class _PassedOn(logging.Handler):
+    def __init__(self, log: Any) -> None:
+        super().__init__(logging.INFO)
+        self._log = log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._log.log(record.levelno, "%s", record.getMessage())

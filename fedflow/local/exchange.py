@@ -8,6 +8,7 @@ progress                                                                        
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -144,9 +145,10 @@ def read_result(folder: Path) -> Result:
     """Raises SiteError where it is not as `Result.write` left it."""
     try:
         result = Result(**json.loads((folder / "result.json").read_text()))
-        numbers = [result.steps, result.lr_sum, *result.metrics.values()]
-        whole = type(result.steps) is int and type(result.processes) is int
-        if not all(isinstance(n, (int, float)) for n in numbers) or not whole:
+        counts = (result.examples or 0, result.steps, result.processes)
+        whole = all(type(n) is int and n >= 0 for n in counts) and result.steps and result.processes
+        numbers = all(isinstance(n, (int, float)) for n in (result.lr_sum, *result.metrics.values()))
+        if not (whole and numbers and math.isfinite(result.lr_sum) and isinstance(result.state, (str, type(None)))):
             raise ValueError(f"found {result}")
     except FileNotFoundError:
         raise SiteError("it sent nothing; call fedflow.client.send() after the training") from None

@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 Progress = Callable[[int, int | None], None]
 S = TypeVar("S", bound=Stream)
 
+_PATIENCE = 1000  # times that data may end without a step in between: epochs that are left over, or a loop without end
+
 
 class EnoughSteps(BaseException):
     """Ends training code that goes on after its last step; only the session that raised it catches it."""
@@ -80,8 +82,10 @@ class Session:
         self._optimizer: Optimizer | None = None
         self._rate, self._rates = 0.0, dict[int, float]()
         self._stepped: tuple[list[int], set[int]] = ([], set())
-        self._corrected = self._manual = False
+        self._corrected = self._stepping = self._manual = False
         self._streams: list[Stream] = []
+        self._ends = 0
+        self._refusal: TrainingInvalid | None = None
         self._buffers: dict[str, Tensor] = {}
         self._place = dict(place or {})
         self._preserved = Preserved(memory, self._names) if memory is not None else None
@@ -99,10 +103,17 @@ class Session:
         if self._hooks:
             _uninstall(self)
         _LOCAL.sessions = [s for s in _LOCAL.sessions if s is not self]
-        stopped = isinstance(error, EnoughSteps) and error.args[0] is self
-        if error is None or stopped:
+        ended = self.ended(error)
+        if error is None or ended:
+            self.stopped |= ended
             self._finish()
-        return stopped
+        return ended
+
+    def ended(self, error: BaseException | None) -> bool:
+        """Whether `error` is how code ends that goes on after its last step: it is stopped, or asks for a next batch in vain."""
+        if isinstance(error, EnoughSteps):
+            return error.args[0] is self
+        return isinstance(error, StopIteration) and self.done == self.planned and bool(self._streams)
 
     def data(self, loader: Any) -> DataView:
         """`loader` as a stream that goes on where the site stopped reading, and ends once `steps` steps are complete."""
@@ -138,7 +149,11 @@ class Session:
             self._preserved.restore_generators()
 
     def _end_reading(self) -> None:
-        if self._preserved is not None:
+        self._ends += 1
+        if self._ends > _PATIENCE:
+            self.stopped = True
+            raise EnoughSteps(self)
+        if self._preserved is not None and self.planned is None:
             self._preserved.note_generators()
 
     # -- at every step
@@ -149,6 +164,7 @@ class Session:
         if self.done == self.planned:
             self.stopped = True
             raise EnoughSteps(self)
+        self._stepping = True
         self._check_trainable()
         if self._preserved is not None:
             self._preserved.restore(optimizer)
@@ -177,8 +193,10 @@ class Session:
             self._corrected = True
 
     def after_step(self, optimizer: Optimizer) -> None:
-        """After `optimizer.step()`."""
-        self._corrected = False
+        """After `optimizer.step()`; nothing where it is over already: a subclass's step around its parent's is one."""
+        if not self._stepping:
+            return
+        self._corrected = self._stepping = False
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and float(found_inf):
             return
@@ -212,6 +230,7 @@ class Session:
     def _count(self, lr: float) -> None:
         self.done += 1
         self.lr_sum += lr
+        self._ends = 0
         for stream in self._streams:
             stream.commit()
         if self.done == self.planned:
@@ -288,6 +307,8 @@ class Session:
                 )
 
     def _finish(self) -> None:
+        if self._refusal is not None:  # and the code went on
+            raise self._refusal
         self._check_trainable()
         self._check_same_parameters()
         if self.done == 0:
@@ -340,7 +361,8 @@ class Session:
         log.warning("%s", text)
 
     def _invalid(self, field: str, found: object, expected: str, fix: str) -> TrainingInvalid:
-        return TrainingInvalid(field_error(field, found, expected, fix), **self._place)
+        self._refusal = TrainingInvalid(field_error(field, found, expected, fix), **self._place)
+        return self._refusal
 
     def _error(self, text: str) -> SiteError:
         return SiteError(text, **self._place)

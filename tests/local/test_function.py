@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from fedflow.algorithm import LocalResult
 from fedflow.errors import ResolveError
@@ -77,6 +78,8 @@ def test_other_data_is_handed_over_as_it_is() -> None:
     [
         ({"loss": 0.5, "hits": 3, "tensor": torch.tensor(2.0)}, {"loss": 0.5, "hits": 3.0, "tensor": 2.0}),
         ({"loss": 0.5, "history": [1, 2], "name": "x"}, {"loss": 0.5}),
+        ({"loss": 0.5, "best": np.array(["adam"])[0], "day": np.datetime64("2026-01-01")}, {"loss": 0.5}),
+        ({"loss": 0.5, "phase": torch.tensor(1j)}, {"loss": 0.5}),
         (None, {}),
         (Tiny(), {}),
         (0.5, {}),
@@ -131,6 +134,17 @@ def test_the_payload_holds_the_models_tensors_only() -> None:
     found = trained(FunctionWorkload(train, LOADER))
     names = dict(Tiny().named_parameters()).keys(), dict(Tiny().named_buffers()).keys()
     assert (found.params.keys(), found.buffers.keys()) == names
+
+
+def test_data_without_a_length_has_its_number_of_examples_from_the_site() -> None:
+    class Endless(IterableDataset[Any]):
+        def __iter__(self) -> Any:
+            return iter(blobs(4, seed=1))
+
+    data = DataLoader(Endless())
+    assert len(FunctionWorkload(lambda m, d, c: None, data, examples=7)) == 7
+    with pytest.raises(ResolveError, match="examples: found None, expected their number; give it"):
+        FunctionWorkload(lambda m, d, c: None, data)
 
 
 def test_an_exception_of_the_function_comes_with_its_traceback() -> None:

@@ -223,6 +223,7 @@ class Contributor:
             metrics=m.metrics,
             seconds=m.seconds,
             bytes=sum(ref.size for ref in m.groups.values()),
+            received=m.received,
             peak_rss=m.peak_rss,
             attempt=m.attempt,
             numerics=m.numerics,

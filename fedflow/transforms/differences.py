@@ -88,7 +88,7 @@ class Lossy(Transform):
                     lost[key] = cast(wanted.double() - sent.double(), tensor.dtype)
                 for part, value in parts.items():
                     found.setdefault(_joined(group, part), {})[name] = value
-        return replace(update, tensors=found), Residual(lost) if self.error_feedback else state
+        return replace(update, tensors=found), Residual({**state.residual, **lost}) if self.error_feedback else state
 
     def _with_lost(self, tensor: Tensor, state: Any, key: str) -> Tensor:
         if not self.error_feedback or key not in state.residual:

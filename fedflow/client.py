@@ -58,13 +58,14 @@ class _Client:
             return
         broadcast = exchange.read_groups(self.folder / "in")
         load_groups(model, broadcast)
-        offset = exchange.read_groups(self.folder / "in", ("offset",))["offset"]
+        wishes = exchange.read_groups(self.folder / "in", ("offset", "merge"))
         task = self.task
         settings = Numerics(threads=task.threads, device=task.device, deterministic=task.deterministic)
         self.stack.enter_context(numerics.applied(settings, task.seed))
         self.session = Session(
             model.to(task.device),
-            correction=task.correction(offset),
+            correction=task.correction(wishes["offset"]),
+            merge=task.merge(wishes["merge"]),
             steps=task.steps,
             strict=task.strict,
             memory=self.memory if task.preserve else None,

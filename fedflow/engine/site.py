@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import logging
 import os
 import resource
 import signal
@@ -12,7 +13,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -46,9 +47,12 @@ from fedflow.store.objects import ObjectStore
 from fedflow.store.records import Failure, Opening, Plan, SiteStateRecord, UpdateManifest, finite, utc_now
 from fedflow.store.state import read_state, write_state
 from fedflow.store.tensors import read_tensors, write_tensors
-from fedflow.types import RoundContext, Update, derive_seed
+from fedflow.tensors import LazyGroups
+from fedflow.types import Groups, RoundContext, Update, derive_seed
 
 __all__ = ["SiteWork", "failure_of", "hard_deadline", "site_step"]
+
+_log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int | None], None]
 
@@ -114,10 +118,13 @@ def site_step(
         memory = Memory(lambda: states.read_training(plan.tasks[config.name].state_base))
         setup = Setup(model or build, recipe.training_at(config.name), recipe.numerics, on_step, memory)
         training = training_of(_workload(recipe, config, journal) if workload is None else workload, setup)
-        update, state = _run_algorithm(recipe.computation, root, plan, config.name, recipe.seed, states, training)
+        broadcast = LazyGroups(plan.broadcast, lambda group: read_tensors(root, plan.broadcast[group]))
+        update, state = _run_algorithm(recipe.computation, broadcast, plan, config.name, recipe.seed, states, training)
         update = replace(update, attempt=work.attempt)
-        manifest = _send(journal, plan, opening, work, update, state, memory, states, time.monotonic() - started)
-    del training, setup, memory, update, state
+        received = sum(plan.broadcast[group].size for group in broadcast.made)
+        spent = {"seconds": time.monotonic() - started, "received": received}
+        manifest = _send(journal, plan, opening, work, update, state, memory, states, spent)
+    del training, setup, memory, broadcast, update, state
     every = recipe.training_at(config.name).tidy_every
     if every and (plan.round + 1) % every == 0:
         tidy()
@@ -157,7 +164,7 @@ def _sent(journal: Journal, plan: Plan, opening: Opening, site: str) -> UpdateMa
 
 
 def _run_algorithm(
-    algorithm: Algorithm, root: ObjectStore, plan: Plan, site: str, seed: int, states: _States, training: Any
+    algorithm: Algorithm, broadcast: Groups, plan: Plan, site: str, seed: int, states: _States, training: Any
 ) -> tuple[Update, Any]:
     task = plan.tasks[site]
     steps = {} if task.steps is None else {"steps": task.steps}
@@ -170,7 +177,6 @@ def _run_algorithm(
         seed=derive_seed(seed, plan.round, plan.phase, site),
         overrides={**task.overrides, **steps},
     )
-    broadcast = {group: read_tensors(root, ref) for group, ref in plan.broadcast.items()}
     before = states.read(algorithm, task.state_base, site)
     state = algorithm.init_site(broadcast, training, context) if before is None else before
     update, after = algorithm.site_update(broadcast, state, training, context)
@@ -186,7 +192,7 @@ def _send(
     state: Any,
     memory: Memory,
     states: _States,
-    seconds: float,
+    spent: Mapping[str, Any],
 ) -> UpdateManifest:
     """Objects, site state, manifest: in this order. What was rejected before is sent under another key, to be judged anew."""
     prefix = journal.inbox(update.site, plan.round, plan.phase)
@@ -210,7 +216,7 @@ def _send(
         training_state=memory.note,
         opening=work.opening,
         attempt=work.attempt,
-        seconds=seconds,
+        **spent,
         peak_rss=max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
         * 1024,
         numerics=dict(update.numerics),
@@ -236,7 +242,8 @@ class _States:
         self.prefix = f"{plan.run}-{plan.nonce[:12]}"
 
     def read(self, algorithm: Algorithm, base: str | None, site: str) -> Any:
-        """The state that goes with the accepted update `base`; None where there was none, or the algorithm keeps none."""
+        """The state that goes with the accepted update `base`; None where there was none, or the algorithm keeps none, or lets
+        a site that lost it begin anew."""
         if base is None or not algorithm.SiteState.__dataclass_fields__:
             return None
         key = self._key(base)
@@ -244,12 +251,12 @@ class _States:
             record = SiteStateRecord.from_bytes(self.store.get(key))
             return read_state(self.store, algorithm.SiteState, record.state)
         except (ObjectMissing, ObjectCorrupt, ValueError) as error:
+            lost = f"site state lost: expected the one written with update {base} in {self.store.url}/{key}, found: {error}"
+            if algorithm.renewable:
+                _log.warning("%s; the site begins anew", lost)
+                return None
             raise SiteStateLost(
-                f"site state lost: expected the one written with update {base} in {self.store.url}/{key}, found: {error}; "
-                "restore it from a copy",
-                run=self.plan.run,
-                round=self.plan.round,
-                site=site,
+                f"{lost}; restore it from a copy", run=self.plan.run, round=self.plan.round, site=site
             ) from error
 
     def read_training(self, base: str | None) -> TrainingState | None:

@@ -24,6 +24,7 @@ __all__ = ["Checks", "Contributor", "as_update"]
 
 MOST_MANIFEST = 16 << 20  # bytes; the digests of an object of 1 TiB take 5 MiB
 MOST_METRICS = 1000
+POSITIONS = ("params", "frozen", "buffers")  # the model's groups
 LONGEST_NAME = 200  # characters of a metric's or a scalar's name
 
 
@@ -187,13 +188,13 @@ class Contributor:
         return as_update(self.manifest, groups)
 
     def _rebased(self, groups: Groups, names: Iterable[str]) -> dict[str, dict[str, Tensor]]:
-        """y + (x_now − x_then) for groups that are positions, that is in the broadcast; differences stay as they are."""
+        """y + (x_now − x_then) for the model's groups; all others are differences, whatever they are called, and stay."""
         base = self.journal.plan(self.contribution.base_round, self.plan.phase)
         assert base is not None
         moved = {}
         for group, tensors in groups.items():
             moved[group] = dict(tensors)
-            if group in base.broadcast:
+            if group in POSITIONS and group in base.broadcast:
                 then = read_tensors(self.journal.store, base.broadcast[group], names)
                 now = read_tensors(self.journal.store, self.plan.broadcast[group], names)
                 for name, y in tensors.items():
@@ -223,6 +224,7 @@ class Contributor:
             metrics=m.metrics,
             seconds=m.seconds,
             bytes=sum(ref.size for ref in m.groups.values()),
+            received=m.received,
             peak_rss=m.peak_rss,
             attempt=m.attempt,
             numerics=m.numerics,

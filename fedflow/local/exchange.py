@@ -1,6 +1,6 @@
 """What goes into a training in a process of its own, and comes out of it: safetensors and JSON in a folder.
 
-task.json, in/<group>.safetensors, in/offset.safetensors, in/<rank>/state.{json,safetensors}     written before it starts
+task.json, in/<group>.safetensors, in/{offset,merge}.safetensors, in/<rank>/state.{json,safetensors}     written before it starts
 out/result.json, out/<group>.safetensors, out/<rank>/state.{json,safetensors}                    result.json last
 progress                                                                                  steps so far
 """
@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fedflow.algorithm import Correction
+from fedflow.algorithm import Correction, Merge
 from fedflow.errors import SiteError
 from fedflow.local.state import TrainingState
 from fedflow.types import Groups
@@ -62,6 +62,8 @@ class Task:
     proximal: float = 0.0
     apply: str = "gradient"
     assumes_sgd: bool = False
+    merge_after: int = 0
+    merge_keep: float = 0.0
     threads: int = 1
     device: str = "cpu"
     deterministic: str = "bitwise"
@@ -75,6 +77,9 @@ class Task:
 
     def correction(self, offset: Mapping[str, Tensor]) -> Correction:
         return Correction(offset=offset, proximal=self.proximal, apply=self.apply, assumes_sgd=self.assumes_sgd)  # type: ignore[arg-type]
+
+    def merge(self, values: Mapping[str, Tensor]) -> Merge:
+        return Merge(values, after=self.merge_after, keep=self.merge_keep)
 
 
 @dataclass(frozen=True)

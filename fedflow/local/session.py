@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from fedflow.algorithm import NO_CORRECTION, Correction
+from fedflow.algorithm import NO_CORRECTION, NO_MERGE, Correction, Merge
 from fedflow.errors import SiteError, TrainingInvalid, field_error
 from fedflow.local.correction import Corrector
 from fedflow.local.data import DataView, GeneratedStream, Stream
@@ -47,6 +47,7 @@ class Session:
     """One training of `model`, whose values now are the broadcast.
 
     correction: what is added to the gradients; none: the training is untouched, to the bit
+    merge:      what the parameters take in after some of the steps
     steps:      exactly so many completed optimizer steps; None = as many as the code takes
     strict:     code that had to be stopped, or data that cannot be resumed, is an error and not a warning
     hooks:      False for a loop that calls `before_step` and `after_step` itself
@@ -64,6 +65,7 @@ class Session:
         model: nn.Module,
         *,
         correction: Correction = NO_CORRECTION,
+        merge: Merge = NO_MERGE,
         steps: int | None = None,
         strict: bool = False,
         hooks: bool = True,
@@ -74,7 +76,7 @@ class Session:
         self.model, self.planned, self.strict, self.on_step = model, steps, strict, on_step
         self.done, self.lr_sum = 0, 0.0
         self._hooks = hooks
-        self.correction, self.stopped = correction, False
+        self.correction, self.merge, self.stopped = correction, merge, False
         self._corrector = Corrector(model, correction) if correction else None
         self._names = {id(p): name for name, p in model.named_parameters()}
         self._parameters = dict(model.named_parameters())
@@ -231,6 +233,8 @@ class Session:
         self.done += 1
         self.lr_sum += lr
         self._ends = 0
+        if self.merge and self.done == self.merge.after:
+            self._take_in()
         for stream in self._streams:
             stream.commit()
         if self.done == self.planned:
@@ -238,6 +242,11 @@ class Session:
             if self._preserved is not None:
                 self._preserved.note_generators()
         self.on_step(self.done, self.planned)
+
+    @torch.no_grad()
+    def _take_in(self) -> None:
+        for name, value in self.merge.into({n: self._parameters[n].cpu() for n in self.merge.values}).items():
+            self._parameters[name].copy_(value)
 
     def _closure(self, closure: Callable[[], Any], optimizer: Optimizer) -> Any:
         with torch.enable_grad():
@@ -325,6 +334,10 @@ class Session:
                 self.done,
                 f"exactly {self.planned}",
                 "loop over the data until it ends, without a limit of your own",
+            )
+        if self.merge and self.done <= self.merge.after:
+            raise self._invalid(
+                "steps", self.done, f"more than the {self.merge.after} before the merge", "take more, or merge earlier"
             )
         if self.stopped:
             self._take_back()

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fedflow.algorithm import Correction
+from fedflow.algorithm import Correction, Merge
 from fedflow.errors import OpeningClosed, SiteError
 from fedflow.local import Config, FunctionWorkload, ScriptWorkload, Setup, exchange, training_of
 from fedflow.local.state import Memory
@@ -57,9 +57,12 @@ def in_this_process(model: nn.Module, data: Any, config: Config) -> None:
         scheduler.step()
 
 
-def test_a_corrected_script_gives_what_the_corrected_function_gives(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_corrected_script_that_takes_something_in_gives_what_such_a_function_gives(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     offset = {name: torch.full_like(p, 0.1).detach() for name, p in start()["params"].items()}
     correction = Correction(offset=offset, proximal=0.2)
+    merge = Merge(offset, after=3, keep=0.75)
     data = DataLoader(TensorDataset(*blobs(22, seed=1)), batch_size=4)
     seen: list[Any] = []
     with caplog.at_level(logging.INFO, "fedflow"):
@@ -67,10 +70,11 @@ def test_a_corrected_script_gives_what_the_corrected_function_gives(caplog: pyte
             ScriptWorkload(["python", "-u", str(GOOD), "sgd"]),
             start(),
             correction=correction,
+            merge=merge,
             steps=8,
             on_step=lambda done, planned: seen.append((done, planned)),
         )
-    expected = trained(FunctionWorkload(in_this_process, data), start(), correction=correction, steps=8)
+    expected = trained(FunctionWorkload(in_this_process, data), start(), correction=correction, merge=merge, steps=8)
     for name, tensor in expected.params.items():
         torch.testing.assert_close(found.params[name], tensor, rtol=0, atol=0)
     assert (found.steps, found.lr_sum, found.examples) == (8, expected.lr_sum, 22)

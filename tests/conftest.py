@@ -5,6 +5,7 @@ import signal
 import tempfile
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 
 from tests.servers import (
@@ -15,6 +16,19 @@ from tests.servers import (
     prefect_server,
     s3_server,
 )
+
+
+hypothesis.settings.register_profile(  # no test depends on how fast the machine is
+    "fedflow", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("fedflow")
+
+LONGEST = ("test_readme.py", "test_runs.py", "test_wheel.py", "test_run.py", "test_digits.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that two processes end at about the same time."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -147,7 +147,7 @@ def test_the_first_round_is_fedavgs_to_the_bit() -> None:
 
 
 # -- the invariant -----------------------------------------------------------------------------------------------------
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(st.data())
 def test_c_is_the_mean_of_all_whoever_takes_part_and_whoever_is_lost(data: st.DataObject) -> None:
     sites = ["a", "b", "c", "d", "e"]

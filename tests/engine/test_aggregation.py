@@ -54,7 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_any_bucket_size_gives_the_same_bytes(folder: Path, tmp_path: Path) -> None:
-    @settings(max_examples=8, deadline=None)
+    @settings(max_examples=8)
     @given(st.integers(1, 400))
     def holds(bucket_bytes: int) -> None:
         found = []

@@ -59,7 +59,7 @@ def test_equal_tensors_are_one_object_in_any_order_and_layout(store: ObjectStore
     assert store.list() == [first.key]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.sets(st.sampled_from([*tensors_of_all_kinds(), "unknown"])))
 def test_a_part_of_the_names_is_read_without_the_rest(names: set[str]) -> None:
     """With chunks of 64 bytes, so that parts lie in other chunks: what is not asked for may be damaged."""

@@ -51,7 +51,7 @@ def and_back(transform: Transform, update: Update) -> Tensor:
 
 
 # -- integers ----------------------------------------------------------------------------------------------------------
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(FLOAT, min_size=1, max_size=40), st.sampled_from([(8, 254), (4, 14)]), st.sampled_from([2, 4, 16]))
 def test_the_error_of_a_block_is_bounded_by_its_largest_number(
     values: list[float], bits: tuple[Any, int], block: int

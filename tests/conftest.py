@@ -17,7 +17,6 @@ from tests.servers import (
     s3_server,
 )
 
-
 hypothesis.settings.register_profile(  # no test depends on how fast the machine is
     "fedflow", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )

@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-__all__ = ["tidy"]
+__all__ = ["tidy", "tidy_after"]
 
 
 def tidy() -> None:
@@ -23,3 +23,9 @@ def tidy() -> None:
             libc.malloc_trim(0)
     if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.empty_cache()
+
+
+def tidy_after(round: int, every: int) -> None:
+    """`tidy` after each `every`-th round, counted from 0; every = 0: never."""
+    if every and (round + 1) % every == 0:
+        tidy()

@@ -39,7 +39,7 @@ from fedflow.local.model import build_model
 from fedflow.local.state import Memory, TrainingState
 from fedflow.local.training import training_of
 from fedflow.local.workload import Setup, check_workload
-from fedflow.memory import tidy
+from fedflow.memory import tidy_after
 from fedflow.recipe import Recipe, SiteConfig
 from fedflow.registry import call, resolve
 from fedflow.store.journal import Journal
@@ -125,9 +125,7 @@ def site_step(
         spent = {"seconds": time.monotonic() - started, "received": received}
         manifest = _send(journal, plan, opening, work, update, state, memory, states, spent)
     del training, setup, memory, broadcast, update, state
-    every = recipe.training_at(config.name).tidy_every
-    if every and (plan.round + 1) % every == 0:
-        tidy()
+    tidy_after(plan.round, recipe.training_at(config.name).tidy_every)
     return manifest
 
 

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
 
 from prefect import flow, get_run_logger
 from prefect.client.schemas.objects import State
@@ -16,6 +12,7 @@ from fedflow.engine.site import SiteWork, failure_of, hard_deadline, site_step
 from fedflow.errors import OpeningClosed, SiteError
 from fedflow.prefect.artifacts import flat
 from fedflow.prefect.dispatch import SITE_FLOW
+from fedflow.prefect.logs import heard_by
 from fedflow.recipe import SiteConfig
 from fedflow.store.journal import Journal
 from fedflow.store.objects import ObjectStore
@@ -54,26 +51,3 @@ def local_training(run: str, round: int, phase: str, opening: int, attempt: int,
         "%d steps on %d examples in %.1f s: %s", update.steps, update.examples, update.seconds, flat(update.metrics)
     )
     return Completed(message=f"update {update.update_digest()}")
-
-
-@contextmanager
-def heard_by(log: Any) -> Iterator[None]:
-    """What fedflow says meanwhile, in whatever thread, goes to `log` too: a script's output, what is started fresh and why."""
-    ours, handler = logging.getLogger("fedflow"), _PassedOn(log)
-    level = ours.level
-    ours.addHandler(handler)
-    ours.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        ours.setLevel(level)
-        ours.removeHandler(handler)
-
-
-class _PassedOn(logging.Handler):
-    def __init__(self, log: Any) -> None:
-        super().__init__(logging.INFO)
-        self._log = log
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._log.log(record.levelno, "%s", record.getMessage())

@@ -15,6 +15,7 @@ from fedflow.engine.rounds import amend_run, next_step, recording_outcome, start
 from fedflow.engine.summary import summarize
 from fedflow.errors import RoundError
 from fedflow.flows.round import evaluate, federated_round, journal_of
+from fedflow.memory import tidy_after
 from fedflow.prefect.api import absent_sites, cancel, connect, find_runs, run_tag, training_tag
 from fedflow.prefect.artifacts import Progress, publish_report, shown_if_possible
 from fedflow.prefect.deploy import TRAINING_FLOW
@@ -88,6 +89,7 @@ def training(recipe: Recipe, federation: Federation, run_id: str | None = None) 
                 why = "resume" if resumed else "start"
                 federated_round(run, step.round, federation, reopen=resumed, why=why, ends=ends)
             resumed = False
+            tidy_after(step.round, journal.recipe().training.tidy_every)
         progress.show(journal.recipe(), journal.recipe().rounds)
         summary = summarize(journal)
         with shown_if_possible():

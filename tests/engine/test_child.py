@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -57,6 +58,13 @@ def test_a_child_commits_what_this_process_would(tmp_path: Path) -> None:
     here = run(recipe(rounds=1, evaluation="tests.builders:HeldOut"))
     assert head(journal).model_digest == head(here).model_digest
     assert outcome(journal)["evaluations"] == outcome(here)["evaluations"]
+
+
+def test_what_a_child_says_is_said_here(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    journal, _ = closed(tmp_path, rounds=1, algorithm={"kind": "diloco"})
+    with caplog.at_level(logging.INFO, logger="fedflow"):
+        aggregate(journal)
+    assert "run run, round 0: outer step: nesterov, learning rate 0.7, momentum 0.9" in caplog.text
 
 
 def test_a_childs_error_comes_back_as_it_was(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import numpy as np
@@ -17,9 +19,9 @@ from fedflow.local.data import DataView
 from fedflow.local.function import numbers
 from fedflow.local.state import Memory
 from fedflow.local.workload import check_workload
-from fedflow.memory import tidy
+from fedflow.memory import tidy_after
 from fedflow.recipe import LocalTraining, Numerics, Optimizer
-from tests.builders import Tiny, blobs
+from tests.builders import Tiny, blobs, head, recipe, run
 from tests.local.test_preserved import context, start
 
 LOADER = DataLoader(TensorDataset(*blobs(22, seed=1)), batch_size=4)
@@ -163,6 +165,25 @@ def test_any_kind_of_workload_is_accepted() -> None:
         check_workload([0], "workload")
 
 
-def test_tidying_changes_nothing_that_anybody_sees() -> None:
-    tidy()
-    tidy()
+def test_every_second_round_is_tidied() -> None:
+    class Model:
+        pass
+
+    gc.disable()
+    try:
+        model = Model()
+        model.itself = model  # type: ignore[attr-defined]
+        left = weakref.ref(model)
+        del model
+        for round, every in ((0, 0), (1, 0), (2, 2)):
+            tidy_after(round, every)
+            assert left() is not None
+        tidy_after(3, 2)
+        assert left() is None
+    finally:
+        gc.enable()
+
+
+def test_the_manifest_says_how_much_memory_a_site_took() -> None:
+    contributors = head(run(recipe(rounds=1))).contributors
+    assert contributors and all(c.peak_rss >= 50 * 2**20 for c in contributors.values())  # torch alone takes more

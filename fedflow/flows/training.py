@@ -11,7 +11,7 @@ from prefect import Flow, flow, get_run_logger, runtime, tags
 from prefect.client.schemas.objects import FlowRun, State
 
 from fedflow.engine.child import warm_up
-from fedflow.engine.rounds import amend_run, next_step, recording_outcome, start_run
+from fedflow.engine.rounds import amend_run, next_step, record_abort, recording_outcome, start_run
 from fedflow.engine.summary import summarize
 from fedflow.errors import RoundError
 from fedflow.flows.round import evaluate, federated_round, journal_of
@@ -21,7 +21,7 @@ from fedflow.prefect.artifacts import Progress, publish_report, shown_if_possibl
 from fedflow.prefect.deploy import TRAINING_FLOW
 from fedflow.recipe import Federation, Recipe
 from fedflow.store.journal import Journal
-from fedflow.store.records import Outcome, utc_now
+from fedflow.store.records import utc_now
 
 
 def _run_id() -> str:
@@ -45,8 +45,7 @@ def _record_abort(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any]) ->
     """A person cancelled: say so in the journal too."""
     federation = Federation.model_validate(flow_run.parameters["federation"])
     journal = journal_of(federation, _named(flow_run.parameters, flow_run.id))
-    number = len(journal.outcomes()) + 1
-    journal.put_outcome(Outcome(number=number, status="aborted", message=state.message or "cancelled", at=utc_now()))
+    record_abort(journal, state.message or "cancelled")
 
 
 @flow(

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict
+from torch import Tensor
 
-from fedflow.tensors import WeightedMean
+from fedflow.tensors import WeightedMean, cast, interpolate
 from fedflow.types import (
     Aggregate,
     FederationView,
@@ -27,9 +28,12 @@ from fedflow.types import (
 
 __all__ = [
     "NO_CORRECTION",
+    "NO_MERGE",
+    "SMALL",
     "Algorithm",
     "Correction",
     "LocalResult",
+    "Merge",
     "NoState",
     "Schedule",
     "Training",
@@ -41,6 +45,11 @@ __all__ = [
 @dataclass(frozen=True)
 class NoState:
     """The state of an algorithm that remembers nothing at its sites."""
+
+
+SMALL: Mapping[str, bool] = {"small": True}
+"""`field(metadata=SMALL)`: a field of a state whose tensors are a few bytes a name, and are there with their values where
+others have only shapes and dtypes."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +117,34 @@ NO_CORRECTION = Correction()
 """Plain training: FedAvg's."""
 
 
+@dataclass(frozen=True)
+class Merge:
+    """What an algorithm brings into the parameters in the middle of a training: w ← keep·w + (1 − keep)·value.
+
+    Said, not done, as a correction is.
+
+    values: by parameter name; a parameter that is absent stays
+    after:  completed optimizer steps at which it happens; the training goes on for at least one more
+    keep:   share of the parameter's own value, 0 … 1
+    """
+
+    values: Tensors = field(default_factory=dict)
+    after: int = 0
+    keep: float = 0.0
+
+    def __bool__(self) -> bool:
+        return bool(self.values)
+
+    def into(self, own: Tensors) -> dict[str, Tensor]:
+        """`own` after it: in float64, rounded once; at keep 0 and 1 the values and `own` to the bit."""
+        into = {n: v.to(own[n].device) for n, v in self.values.items()}
+        return {n: cast(interpolate(into[n], w, self.keep), w.dtype) if n in into else w for n, w in own.items()}
+
+
+NO_MERGE = Merge()
+"""Nothing is brought in."""
+
+
 @runtime_checkable
 class Training(Protocol):
     """The work that training algorithms are given at a site: the broadcast model (groups "params", "frozen", "buffers") and
@@ -121,11 +158,13 @@ class Training(Protocol):
         correction: Correction = NO_CORRECTION,
         steps: int | None = None,
         preserve: bool = False,
+        merge: Merge = NO_MERGE,
     ) -> LocalResult:
         """Train from `broadcast` as the recipe says for `ctx.site`.
 
         steps:    exactly so many completed optimizer steps, in place of the recipe's epochs or steps
         preserve: go on with the optimizer, schedule, random state and place in the data of the site's last accepted update
+        merge:    what the parameters take in on the way
         """
         ...
 
@@ -160,6 +199,9 @@ class Algorithm(BaseModel):
     """S: frozen dataclass of `Tensors` and JSON scalars, the server's memory."""
     SiteState: ClassVar[type[Any]] = NoState
     """C: the same for a site's memory."""
+    renewable: ClassVar[bool] = False
+    """Whether a site that lost its state may begin anew, by `init_site`: nothing elsewhere was computed from what it held.
+    Otherwise it is excluded until the state is there again."""
 
     # -- before a run
     def objections(self, training: Any) -> list[str]:
@@ -180,7 +222,8 @@ class Algorithm(BaseModel):
         return self.model(state)
 
     def expects(self, state: Any, phase: str) -> Spec:
-        """Groups, names, shapes and dtypes of a valid update in `phase`."""
+        """Groups, names, shapes and dtypes of a valid update in `phase`. The tensors of `state` may have shapes and dtypes but
+        no values, as those of a model would have to be read for nothing; fields that are `SMALL` have them."""
         raise NotImplementedError
 
     partial_updates: ClassVar[bool] = False
@@ -222,7 +265,7 @@ class Algorithm(BaseModel):
         raise NotImplementedError
 
     def report(self, state: Any, updates: int) -> str | None:
-        """A line for the log about the step that made `state` of so many updates; none by default."""
+        """A line for the log about the step that made `state` of so many updates; none by default. Of `state` as in `expects`."""
         return None
 
     # -- at a site

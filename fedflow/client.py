@@ -25,9 +25,9 @@ from torch import nn
 from fedflow.errors import SiteError
 from fedflow.local import exchange, numerics
 from fedflow.local.exchange import Result, Task
-from fedflow.local.function import Config, numbers
+from fedflow.local.function import Config, examples_in, numbers
 from fedflow.local.model import load_groups
-from fedflow.local.session import EnoughSteps, Session
+from fedflow.local.session import Session
 from fedflow.local.state import Memory
 from fedflow.recipe import Numerics
 
@@ -58,13 +58,14 @@ class _Client:
             return
         broadcast = exchange.read_groups(self.folder / "in")
         load_groups(model, broadcast)
-        offset = exchange.read_groups(self.folder / "in", ("offset",))["offset"]
+        wishes = exchange.read_groups(self.folder / "in", ("offset", "merge"))
         task = self.task
         settings = Numerics(threads=task.threads, device=task.device, deterministic=task.deterministic)
         self.stack.enter_context(numerics.applied(settings, task.seed))
         self.session = Session(
             model.to(task.device),
-            correction=task.correction(offset),
+            correction=task.correction(wishes["offset"]),
+            merge=task.merge(wishes["merge"]),
             steps=task.steps,
             strict=task.strict,
             memory=self.memory if task.preserve else None,
@@ -77,14 +78,17 @@ class _Client:
         if self.rank == 0 and self.folder is not None:
             exchange.write_json(self.folder / "progress", [done, planned])
 
-    def end(self, metrics: Mapping[str, Any], examples: int | None) -> None:
+    def end(
+        self, metrics: Mapping[str, Any] | None = None, examples: int | None = None, error: BaseException | None = None
+    ) -> None:
+        metrics = metrics or {}
         self.sent = True
         if self.folder is None:
             print(dict(metrics))
             return
         if self.session is None:
             raise SiteError("client.send: found no call of client.receive before it, expected one; it loads the model")
-        self.session.__exit__(None, None, None)
+        self.session.__exit__(None if error is None else type(error), error, None)
         self.stack.close()
         exchange.write_state(self.folder / "out" / str(self.rank), self.memory.after)
         if self.rank == 0:
@@ -115,8 +119,8 @@ def _stop_quietly(client: _Client) -> None:
     before = sys.excepthook
 
     def hook(kind: Any, error: Any, traceback: Any) -> None:
-        if isinstance(error, EnoughSteps) and client.session is not None and error.args[0] is client.session:
-            client.end({}, None)
+        if client.session is not None and client.session.ended(error):
+            client.end(error=error)
             sys.stdout.flush()
             os._exit(0)
         before(kind, error, traceback)
@@ -139,7 +143,7 @@ def data(loader: Any) -> Any:
     """`loader` as a stream that goes on where this site stopped reading, and ends once the task's steps are complete."""
     client = _client()
     if client.examples is None:
-        client.examples = len(getattr(loader, "dataset", loader))
+        client.examples = examples_in(loader)
     streams = client.session is not None and (client.task.steps is not None or client.task.preserve)
     return client.session.data(loader) if streams and client.session else loader
 
@@ -149,7 +153,7 @@ def send(*, metrics: Mapping[str, Any] | None = None, examples: int | None = Non
 
     With torchrun every process calls it, and the one of rank 0 sends. Raises SiteError where the training cannot count.
     """
-    _client().end(metrics or {}, examples)
+    _client().end(metrics, examples)
 
 
 def task() -> Task:

@@ -95,6 +95,9 @@ def pathological(labels: Sequence[int] | NDArray[Any], sites: int, *, classes: i
     for label in known:
         seeing = np.flatnonzero((dealt == label).any(axis=1))
         members = random.permutation(np.flatnonzero(labels == label))
+        if len(members) < len(seeing):
+            expected = f"at most {len(members)} that see label {label}, which has no more rows"
+            raise RecipeError(field_error("sites", len(seeing), expected, "lower sites or classes, or leave it out"))
         for site, part in zip(seeing, np.array_split(members, len(seeing)), strict=True):
             rows[site].append(part)
     return [np.sort(np.concatenate(parts)) for parts in rows]

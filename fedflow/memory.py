@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-__all__ = ["keep_freed", "tidy"]
+__all__ = ["keep_freed", "tidy", "tidy_after"]
 
 
 def tidy() -> None:
@@ -36,3 +36,9 @@ def keep_freed() -> None:
     if sys.platform == "linux" and hasattr(libc, "mallopt"):
         for option, value in ((_THRESHOLD, 32 << 20), (_TRIM, 1 << 30), (_ARENAS, 1)):
             libc.mallopt(option, value)
+
+
+def tidy_after(round: int, every: int) -> None:
+    """`tidy` after each `every`-th round, counted from 0; every = 0: never."""
+    if every and (round + 1) % every == 0:
+        tidy()

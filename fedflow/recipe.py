@@ -248,7 +248,7 @@ class LocalTraining(_Model):
     strict: bool = False
     """Training code that has to be stopped after its steps, or data that cannot be resumed, is an error and not a warning."""
     tidy_every: Annotated[int, Field(ge=0, strict=True)] = 0
-    """Give freed memory back to the system after every so many rounds; 0 = never."""
+    """Give freed memory back to the system after every so many rounds, at the site and at the coordinator; 0 = never."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from fedflow.types import Groups, Tensors, canonical_json
 __all__ = [
     "BLOCK",
     "CHUNK",
+    "LazyGroups",
     "ModelDigest",
     "WeightedMean",
     "cast",
@@ -139,6 +140,30 @@ CHUNK = 16_384
 def squared_norm(tensor: Tensor) -> float:
     """Σ t² in float64, summed per chunk and then over the chunks: the same bits with any number of threads."""
     return math.fsum(float(part.double().square().sum()) for part in torch.split(tensor.reshape(-1), CHUNK))
+
+
+class LazyGroups(Mapping[str, Tensors]):
+    """Groups of these names, of which `make` makes each when it is first asked for. made: those that were."""
+
+    def __init__(self, names: Iterable[str], make: Callable[[str], Tensors]) -> None:
+        self._names, self._make = dict.fromkeys(names), make
+        self.made: dict[str, Tensors] = {}
+
+    def __getitem__(self, group: str) -> Tensors:
+        if group not in self._names:
+            raise KeyError(group)
+        if group not in self.made:
+            self.made[group] = self._make(group)
+        return self.made[group]
+
+    def __contains__(self, group: object) -> bool:
+        return group in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def select(groups: Groups, names: Iterable[str]) -> dict[str, dict[str, Tensor]]:

@@ -1,9 +1,11 @@
 """What every test may ask for: real servers, started once a session at the first test that needs them."""
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 
 from tests.servers import (
@@ -15,9 +17,26 @@ from tests.servers import (
     s3_server,
 )
 
+hypothesis.settings.register_profile(  # no test depends on how fast the machine is
+    "fedflow", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("fedflow")
+
+LONGEST = ("test_readme.py", "test_runs.py", "test_wheel.py", "test_run.py", "test_digits.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that two processes end at about the same time."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keep Prefect away from the developer's own profile, server and home, and from the network."""
+    """Keep Prefect away from the developer's own profile, server and home, and from the network.
+
+    And let what tests start be interrupted: a shell's background job, and its children, ignore SIGINT.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for name in [name for name in os.environ if name.startswith("PREFECT_")]:
         del os.environ[name]
     home = tempfile.TemporaryDirectory(prefix="fedflow-test-", ignore_cleanup_errors=True)

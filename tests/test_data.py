@@ -82,6 +82,10 @@ def test_natural_ids_are_sites() -> None:
         (lambda: dirichlet(LABELS, 3, alpha=0), "alpha: found 0"),
         (lambda: dirichlet(LABELS, 3, alpha=float("nan")), "alpha: found nan"),
         (lambda: pathological(LABELS, 2, classes=3), "classes: found 3, expected 1 to 10 a site, together at least 10"),
+        (
+            lambda: pathological([0] * 9 + [1], 3, classes=2),
+            "sites: found 3, expected at most 1 that see label 1, which has no more rows",
+        ),
     ],
 )
 def test_what_cannot_be_split_is_told(split: Callable[[], Any], says: str) -> None:

@@ -26,6 +26,7 @@ def shortened(recipe: Recipe) -> Recipe:
     fields["rounds"] = 2
     if fields["algorithm"].get("local_steps_per_round"):
         fields["algorithm"]["local_steps_per_round"] = 2
+        fields["algorithm"] |= {"tau": 1} if "tau" in fields["algorithm"] else {}
     else:
         fields["training"] |= {"epochs": 1}
     return Recipe.load(fields)

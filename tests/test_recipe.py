@@ -120,7 +120,7 @@ def test_somebody_elses_algorithm_comes_back_by_its_import_path() -> None:
     assert Recipe.load(dumped).algorithm == Leaning(weight_by="steps")
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.timedeltas(min_value=timedelta(milliseconds=1), max_value=timedelta(days=100)))
 def test_durations_survive_json_to_the_microsecond(duration: timedelta) -> None:
     timeouts = Timeouts(round_deadline=duration)
@@ -269,7 +269,7 @@ def test_timeouts_that_contradict_each_other_are_both_named_with_the_fix(
     assert "raise" in text and "lower" in text
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.timedeltas(min_value=timedelta(seconds=1), max_value=timedelta(days=30)), st.integers(1, 20))
 def test_a_deadline_alone_gives_timeouts_that_fit_each_other(deadline: timedelta, attempts: int) -> None:
     recipe = Recipe.load({**MINIMAL, "attempts": attempts, "timeouts": {"round_deadline": deadline}})

@@ -16,7 +16,7 @@ from fedflow.schedules import Everyone, Sampled
 from fedflow.types import SiteView, derive_seed
 
 NAMES = [f"site-{i}" for i in range(20)]
-properties = settings(max_examples=60, deadline=None)
+properties = settings(max_examples=60)
 
 
 def view(sites: list[str], offline: set[str] = frozenset()) -> dict[str, SiteView]:  # type: ignore[assignment]

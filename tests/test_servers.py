@@ -97,6 +97,7 @@ def test_a_flow_runs_against_prefect_on_postgres(prefect_api: PrefectServer) -> 
     assert "COMPLETED" in states(prefect_api)
 
 
+@pytest.mark.faults
 def test_prefect_keeps_its_flow_runs_over_a_kill() -> None:
     with prefect_server() as server:
         url = server.url

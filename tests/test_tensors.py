@@ -27,7 +27,7 @@ from fedflow.tensors import (
     subtract,
 )
 
-properties = settings(max_examples=60, deadline=None)
+properties = settings(max_examples=60)
 
 WEIGHTS = st.integers(1, 1000)
 NAMES = ("a", "b", "c")
@@ -192,7 +192,7 @@ def near_a_half(draw: st.DrawFn, dtype: torch.dtype) -> float:
 
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
 def test_sixteen_bits_are_rounded_once(dtype: torch.dtype) -> None:
-    @settings(max_examples=400, deadline=None)
+    @settings(max_examples=400)
     @given(near_a_half(dtype) | st.floats(allow_nan=False, allow_infinity=False))
     def holds(x: float) -> None:
         if not np.isfinite(x):

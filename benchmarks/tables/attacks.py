@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.tables.common import Result, arguments, markdown, played, spread, write
+from benchmarks.tables.common import Result, Run, arguments, markdown, play, spread, write
 
 SITES = [f"site-{i:02}" for i in range(1, 21)]
 F = 4
@@ -51,11 +51,12 @@ def main() -> None:
     )
     if args.tiny:
         args.seeds, args.rounds = [0], 2
-    found: dict[tuple[str, str], list[Result]] = {}
-    for attack in ATTACKS:
-        for name in REDUCTIONS:
-            recipes = [fields(name, attack, args.similarity, seed, args.rounds) for seed in args.seeds]
-            found[name, attack] = [played(recipe, SITES, args) for recipe in recipes]
+    cells = {
+        (name, attack): [Run(fields(name, attack, args.similarity, seed, args.rounds), SITES) for seed in args.seeds]
+        for attack in ATTACKS
+        for name in REDUCTIONS
+    }
+    found = play(cells, args)
     write(args.out, "attacks", _table(found, args), lambda axes: _draw(axes, found))
 
 

@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.tables.common import arguments, markdown, played, spread, write
+from benchmarks.tables.common import Run, arguments, markdown, play, spread, write
 
 SITES = [f"site-{i:02}" for i in range(1, 21)]
 ALGORITHMS: Mapping[str, Mapping[str, Any]] = {
@@ -56,12 +56,15 @@ def main() -> None:
     )
     if args.tiny:
         args.seeds, args.similarity, args.epochs, args.target, args.rounds = [0], [0.0, 1.0], [1], 0.3, 5
-    found: dict[tuple[str, float, int], list[int | None]] = {}
-    for similarity in args.similarity:
-        for epochs in args.epochs:
-            for name in ALGORITHMS if epochs == args.epochs[0] else [a for a in ALGORITHMS if a != "SGD"]:
-                results = [played(fields(name, similarity, epochs, s, args), SITES, args) for s in args.seeds]
-                found[name, similarity, epochs] = [r.rounds_to("accuracy", args.target) for r in results]
+    cells = {
+        (name, similarity, epochs): [Run(fields(name, similarity, epochs, s, args), SITES) for s in args.seeds]
+        for similarity in args.similarity
+        for epochs in args.epochs
+        for name in ALGORITHMS
+        if name != "SGD" or epochs == args.epochs[0]
+    }
+    results = play(cells, args)
+    found = {cell: [r.rounds_to("accuracy", args.target) for r in results[cell]] for cell in cells}
     write(args.out, "label-skew", _table(found, args), lambda axes: _draw(axes, found, args))
 
 

@@ -8,5 +8,6 @@ from fedflow.algorithms.fedopt import FedOpt
 from fedflow.algorithms.fedprox import FedProx
 from fedflow.algorithms.qfedavg import QFedAvg
 from fedflow.algorithms.scaffold import Scaffold
+from fedflow.algorithms.streaming import StreamingDiLoCo
 
-__all__ = ["DiLoCo", "FedAvg", "FedDyn", "FedNova", "FedOpt", "FedProx", "QFedAvg", "Scaffold"]
+__all__ = ["DiLoCo", "FedAvg", "FedDyn", "FedNova", "FedOpt", "FedProx", "QFedAvg", "Scaffold", "StreamingDiLoCo"]

@@ -32,7 +32,7 @@ from fedflow.store.records import (
     finite,
     utc_now,
 )
-from fedflow.store.state import outline, tensor_fields, write_state
+from fedflow.store.state import read_outline, tensor_fields, write_state
 from fedflow.store.tensors import read_tensors, write_tensors
 from fedflow.tensors import model_digest
 from fedflow.types import Groups, RoundContext, SiteId, derive_seed
@@ -113,7 +113,8 @@ def aggregate_round(
     reduction = Reduction(journal, algorithm, head, updates, context, budget, threads or _threads(journal.store))
     written = reduction.write(f"{journal.public}/objects", f"{journal.server}/objects", closing.digest())
     record = StateRecord(tensors=written.of("state"), scalars=reduction.scalars(written))
-    if line := algorithm.report(outline(algorithm.State, record, written.spec("state")), len(updates)):
+    outline = read_outline(journal.store, algorithm.State, record, written.spec("state"))
+    if line := algorithm.report(outline, len(updates)):
         _log.info("run %s, round %d: %s", plan.run, plan.round, line)
     weights = {u.manifest.site: algorithm.weight(as_update(u.manifest, {})) for u in updates}
     contributors = {u.manifest.site: u.summary(weights[u.manifest.site]) for u in updates}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import multiprocessing
 import os
 import signal
@@ -27,6 +28,7 @@ from fedflow.types import SiteId
 __all__ = ["aggregate_in_child", "evaluate_in_child", "start_in_child", "warm_up"]
 
 _context = multiprocessing.get_context("forkserver")
+_log = logging.getLogger("fedflow.engine")
 
 
 def warm_up(*modules: str) -> None:
@@ -97,12 +99,18 @@ def _call(name: str, args: list[Any], timeout: float) -> None:
                 answer = json.loads(ours.recv_bytes()) if answered else None
             except EOFError:
                 process.join()
-                answer = {"error": "RoundError", "text": f"{name}: its process died with exit code {process.exitcode}"}
+                answer = {
+                    "log": [],
+                    "error": "RoundError",
+                    "text": f"{name}: its process died with exit code {process.exitcode}",
+                }
     finally:
         _kill(process)  # it has nothing more to do
     if answer is None:
         raise RoundError(f"{name}: killed after {timeout:g} s; give it longer (round_deadline) or a faster store")
-    if answer:
+    for level, text in answer["log"]:
+        _log.log(level, "%s", text)
+    if "error" in answer:
         raise _error(name, answer)
 
 
@@ -126,15 +134,25 @@ def _error(name: str, answer: dict[str, Any]) -> FedflowError:
 
 def _serve(name: str, args: str, answer: Connection) -> None:
     os.setsid()
+    said: dict[str, Any] = {"log": _kept_log()}
     try:
         _CALLS[name](*json.loads(args))
-        said: dict[str, Any] = {}
     except FedflowError as error:
-        said = {
+        said |= {
             "error": type(error).__name__,
             "text": error.reason,
             "place": {"run": error.run, "round": error.round, "site": error.site},
         }
     except Exception:
-        said = {"error": "RoundError", "text": f"{name} failed:\n{traceback.format_exc()}"}
+        said |= {"error": "RoundError", "text": f"{name} failed:\n{traceback.format_exc()}"}
     answer.send_bytes(json.dumps(said).encode())
+
+
+def _kept_log() -> list[tuple[int, str]]:
+    """(level, text) of all that fedflow says from now on in this process, for its parent to say again."""
+    kept: list[tuple[int, str]] = []
+    log, handler = logging.getLogger("fedflow"), logging.Handler()
+    handler.emit = lambda record: kept.append((record.levelno, record.getMessage()))  # type: ignore[method-assign]
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    return kept

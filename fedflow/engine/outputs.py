@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import permutations
 from typing import Literal, NamedTuple
@@ -34,12 +34,12 @@ class Output(NamedTuple):
 class Made:
     """What one part of the names became.
 
-    old:     the state's fields before
+    old:     what it was before, by output
     outputs: with their tensors in the order of the part
     scalars: the state's other fields, by "class.field"
     """
 
-    old: Mapping[str, Tensors]
+    old: Callable[[Output], Tensors]
     outputs: Mapping[Output, Tensors]
     scalars: Mapping[str, JsonValue]
 
@@ -145,8 +145,9 @@ def write(
     prefixes: kind -> where its objects lie; origin: digest of all that determines what is written, from which objects get
     their names. Raises LayoutChanged where something else is made than `layouts` say; then nothing of it is there.
     """
+    before = _refs(parent)
     objects = {
-        output: _Object(store, layout.spec, _old_field(parent, output, layouts), _key(prefixes, origin, output))
+        output: _Object(store, output, layout.spec, before.get(output), _key(prefixes, origin, output))
         for output, layout in layouts.items()
         if layout.same_as is None
     }
@@ -174,15 +175,6 @@ def write(
 def _key(prefixes: Mapping[str, str], origin: str, output: Output) -> str:
     name = blake3(canonical_json([origin, *output])).hexdigest()
     return f"{prefixes[output.kind]}/{name}.safetensors"
-
-
-def _old_field(parent: Manifest, output: Output, layouts: Mapping[Output, Layout]) -> tuple[str, ObjectRef] | None:
-    """The field of the state that `output` is or was, and its object, if the two are one there as here."""
-    for field_name, ref in parent.state.tensors.items():
-        state = Output("state", field_name)
-        if state in layouts and (layouts[state].same_as or state) == output and _refs(parent).get(output) == ref:
-            return field_name, ref
-    return None
 
 
 def _is_last(part: Part, name: str, spec: TensorSpec) -> bool:
@@ -221,19 +213,20 @@ def _agreed(before: Mapping[str, JsonValue] | None, made: Made) -> Mapping[str, 
 class _Object:
     """One object that is being written, from the first part on that differs from what was there.
 
-    old: the field that it was, and its object
+    old: what it was before
     """
 
     store: ObjectStore
+    output: Output
     spec: Mapping[str, TensorSpec]
-    old: tuple[str, ObjectRef] | None
+    old: ObjectRef | None
     key: str
     _unchanged: list[Part] = field(default_factory=list)
     _stream: Stream | None = None
 
-    def add(self, part: Part, tensors: Tensors, old: Mapping[str, Tensors]) -> None:
+    def add(self, part: Part, tensors: Tensors, old: Callable[[Output], Tensors]) -> None:
         """Append `tensors`, of that part."""
-        if self._stream is None and self.old is not None and _equal(tensors, old[self.old[0]]):
+        if self._stream is None and self.old is not None and _equal(tensors, old(self.output)):
             self._unchanged.append({name: part[name] for name in tensors})
             return
         if self._stream is None and (tensors or self.old is None):
@@ -245,7 +238,7 @@ class _Object:
         self._stream = Stream(self.store, self.key)
         self._stream.push(header(self.spec))
         if self.old is not None and self._unchanged:
-            reader = TensorReader(self.store, self.old[1])
+            reader = TensorReader(self.store, self.old)
             for part in self._unchanged:
                 found = reader.read(part)
                 self._push({name: found[name] for name in part})
@@ -258,12 +251,8 @@ class _Object:
 
     def close(self) -> ObjectRef:
         """The object, whole."""
-        if (
-            self._stream is None
-            and self.old is not None
-            and read_spec(self.store, self.old[1]).keys() == self.spec.keys()
-        ):
-            return self.old[1]
+        if self._stream is None and self.old is not None and read_spec(self.store, self.old) == self.spec:
+            return self.old
         if self._stream is None:
             self._begin()
         assert self._stream is not None

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Any
+from functools import cache, cached_property
+from typing import Any, Literal, get_args
 
 from pydantic import JsonValue
 from torch import Tensor
@@ -20,7 +20,7 @@ from fedflow.store.journal import Journal
 from fedflow.store.records import Manifest
 from fedflow.store.state import StateReader, scalars_of, tensor_fields
 from fedflow.store.tensors import Part
-from fedflow.types import RoundContext, Tensors, Update, canonical_json
+from fedflow.types import Groups, RoundContext, Tensors, Update, canonical_json
 
 __all__ = ["Reduction"]
 
@@ -145,19 +145,26 @@ class _Run:
         updates = self._loaded(number, part, old)
         aggregate = algorithm.aggregate(updates, self.context)
         _exhaust(updates)
-        new = algorithm.server_update(old, aggregate, self.context)
-        groups = {
-            "broadcast": algorithm.broadcast(new, following(algorithm, self.context.phase)),
-            "state": tensor_fields(new),
-            "model": algorithm.model(new),
-        }
+        new, phase = algorithm.server_update(old, aggregate, self.context), following(algorithm, self.context.phase)
         made = {
-            Output(kind, name): _ordered(tensors, part)  # type: ignore[arg-type]
-            for kind, found in groups.items()
-            for name, tensors in found.items()
+            Output(kind, name): _ordered(tensors, part)
+            for kind in _KINDS
+            for name, tensors in _outputs(algorithm, kind, new, phase).items()
         }
         scalars = {f"{type(new).__name__}.{name}": value for name, value in scalars_of(new).items()}
-        return Made(tensor_fields(old), made, scalars)
+        before = cache(lambda kind: _outputs(algorithm, kind, old, self.context.phase))
+        return Made(lambda output: before(output.kind).get(output.name, {}), made, scalars)
+
+
+_Kind = Literal["broadcast", "state", "model"]
+_KINDS: tuple[_Kind, ...] = get_args(_Kind)
+
+
+def _outputs(algorithm: Algorithm, kind: _Kind, state: Any, phase: str) -> Groups:
+    """What is written of `state` for the sites in `phase`, for the server, for people."""
+    if kind == "broadcast":
+        return algorithm.broadcast(state, phase)
+    return tensor_fields(state) if kind == "state" else algorithm.model(state)
 
 
 def following(algorithm: Algorithm, phase: str) -> str:

@@ -57,6 +57,7 @@ __all__ = [
     "may_close",
     "next_step",
     "open_round",
+    "record_abort",
     "recording_outcome",
     "start_run",
     "survey",
@@ -150,6 +151,12 @@ def amend_run(
 def _differences(old: Recipe, new: Recipe) -> str:
     a, b = old.model_dump(mode="json"), new.model_dump(mode="json")
     return "; ".join(f"{k}: {a[k]!r} there, {b[k]!r} here" for k in a if k not in AMENDABLE and a[k] != b[k])[:500]
+
+
+def record_abort(journal: Journal, message: str) -> None:
+    """Write into the journal that a person stopped this start of the run, whose process could not say so."""
+    number = len(journal.outcomes()) + 1
+    journal.put_outcome(Outcome(number=number, status="aborted", message=message, at=utc_now()))
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import logging
 import os
 import resource
 import signal
@@ -18,7 +19,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import nn
 
 from fedflow import __version__
 from fedflow.algorithm import Algorithm
@@ -38,7 +39,7 @@ from fedflow.local.model import build_model
 from fedflow.local.state import Memory, TrainingState
 from fedflow.local.training import training_of
 from fedflow.local.workload import Setup, check_workload
-from fedflow.memory import tidy
+from fedflow.memory import tidy_after
 from fedflow.recipe import Recipe, SiteConfig
 from fedflow.registry import call, resolve
 from fedflow.store.journal import Journal
@@ -46,9 +47,12 @@ from fedflow.store.objects import ObjectStore
 from fedflow.store.records import Failure, Opening, Plan, SiteStateRecord, UpdateManifest, finite, utc_now
 from fedflow.store.state import read_state, write_state
 from fedflow.store.tensors import StoredTensors, read_tensors, write_tensors
+from fedflow.tensors import LazyGroups
 from fedflow.types import RoundContext, Update, derive_seed
 
 __all__ = ["SiteWork", "failure_of", "hard_deadline", "site_step"]
+
+_log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int | None], None]
 
@@ -117,13 +121,14 @@ def site_step(
         memory = Memory(lambda: states.read_training(plan.tasks[config.name].state_base))
         setup = Setup(model or build, recipe.training_at(config.name), recipe.numerics, on_step, memory)
         training = training_of(_workload(recipe, config, journal) if workload is None else workload, setup)
-        update, state = _run_algorithm(recipe, root, plan, config.name, states, training)
+        broadcast = _received(root, plan, recipe.memory_budget)
+        update, state = _run_algorithm(recipe, broadcast, plan, config.name, states, training)
         update = replace(update, attempt=work.attempt)
-        manifest = _send(journal, plan, opening, work, update, state, memory, states, time.monotonic() - started)
-    del training, setup, memory, update, state
-    every = recipe.training_at(config.name).tidy_every
-    if every and (plan.round + 1) % every == 0:
-        tidy()
+        received = sum(plan.broadcast[group].size for group in broadcast.made)
+        spent = {"seconds": time.monotonic() - started, "received": received}
+        manifest = _send(journal, plan, opening, work, update, state, memory, states, spent)
+    del training, setup, memory, broadcast, update, state
+    tidy_after(plan.round, recipe.training_at(config.name).tidy_every)
     return manifest
 
 
@@ -160,7 +165,7 @@ def _sent(journal: Journal, plan: Plan, opening: Opening, site: str) -> UpdateMa
 
 
 def _run_algorithm(
-    recipe: Recipe, root: ObjectStore, plan: Plan, site: str, states: _States, training: Any
+    recipe: Recipe, broadcast: LazyGroups, plan: Plan, site: str, states: _States, training: Any
 ) -> tuple[Update, Any]:
     algorithm, task = recipe.computation, plan.tasks[site]
     steps = {} if task.steps is None else {"steps": task.steps}
@@ -173,17 +178,18 @@ def _run_algorithm(
         seed=derive_seed(recipe.seed, plan.round, plan.phase, site),
         overrides={**task.overrides, **steps},
     )
-    broadcast = _received(root, plan, recipe.memory_budget)
     before = states.read(algorithm, task.state_base, site)
     state = algorithm.init_site(broadcast, training, context) if before is None else before
     update, after = algorithm.site_update(broadcast, state, training, context)
     return replace(update, state_base=task.state_base), after
 
 
-def _received(root: ObjectStore, plan: Plan, budget: int) -> dict[str, Mapping[str, Tensor]]:
-    """The broadcast; where it is larger than the budget, tensor by tensor out of the store, whenever one is asked for."""
-    fits = sum(ref.size for ref in plan.broadcast.values()) <= budget
-    return {g: read_tensors(root, ref) if fits else StoredTensors(root, ref) for g, ref in plan.broadcast.items()}
+def _received(root: ObjectStore, plan: Plan, budget: int) -> LazyGroups:
+    """The broadcast, each group read when it is asked for; where all are larger than the budget, tensor by tensor out of the
+    store, whenever one is asked for."""
+    refs = plan.broadcast
+    read = read_tensors if sum(ref.size for ref in refs.values()) <= budget else StoredTensors
+    return LazyGroups(refs, lambda group: read(root, refs[group]))
 
 
 def _send(
@@ -195,7 +201,7 @@ def _send(
     state: Any,
     memory: Memory,
     states: _States,
-    seconds: float,
+    spent: Mapping[str, Any],
 ) -> UpdateManifest:
     """Objects, site state, manifest: in this order. What was rejected before is sent under another key, to be judged anew."""
     prefix = journal.inbox(update.site, plan.round, plan.phase)
@@ -219,7 +225,7 @@ def _send(
         training_state=memory.note,
         opening=work.opening,
         attempt=work.attempt,
-        seconds=seconds,
+        **spent,
         peak_rss=max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
         * 1024,
         numerics=dict(update.numerics),
@@ -245,7 +251,8 @@ class _States:
         self.prefix = f"{plan.run}-{plan.nonce[:12]}"
 
     def read(self, algorithm: Algorithm, base: str | None, site: str) -> Any:
-        """The state that goes with the accepted update `base`; None where there was none, or the algorithm keeps none."""
+        """The state that goes with the accepted update `base`; None where there was none, or the algorithm keeps none, or lets
+        a site that lost it begin anew."""
         if base is None or not algorithm.SiteState.__dataclass_fields__:
             return None
         key = self._key(base)
@@ -253,12 +260,12 @@ class _States:
             record = SiteStateRecord.from_bytes(self.store.get(key))
             return read_state(self.store, algorithm.SiteState, record.state)
         except (ObjectMissing, ObjectCorrupt, ValueError) as error:
+            lost = f"site state lost: expected the one written with update {base} in {self.store.url}/{key}, found: {error}"
+            if algorithm.renewable:
+                _log.warning("%s; the site begins anew", lost)
+                return None
             raise SiteStateLost(
-                f"site state lost: expected the one written with update {base} in {self.store.url}/{key}, found: {error}; "
-                "restore it from a copy",
-                run=self.plan.run,
-                round=self.plan.round,
-                site=site,
+                f"{lost}; restore it from a copy", run=self.plan.run, round=self.plan.round, site=site
             ) from error
 
     def read_training(self, base: str | None) -> TrainingState | None:

@@ -24,6 +24,7 @@ __all__ = ["Checks", "Contributor", "as_update"]
 
 MOST_MANIFEST = 16 << 20  # bytes; the digests of an object of 1 TiB take 5 MiB
 MOST_METRICS = 1000
+POSITIONS = ("params", "frozen", "buffers")  # the model's groups
 LONGEST_NAME = 200  # characters of a metric's or a scalar's name
 
 
@@ -212,17 +213,17 @@ class Contributor:
 
     @cached_property
     def _bases(self) -> dict[str, tuple[TensorReader, TensorReader]]:
-        """Group -> the broadcast that the update started from, and this round's, where they are other ones."""
+        """Group of the model -> the broadcast that the update started from, and this round's, where they are other ones."""
         if self.contribution.base_round == self.plan.round:
             return {}
         base = self.journal.plan(self.contribution.base_round, self.plan.phase)
         assert base is not None
         store, then, now = self.journal.store, base.broadcast, self.plan.broadcast
-        both = self.manifest.groups.keys() & then.keys()
+        both = [group for group in POSITIONS if group in self.manifest.groups and group in then]
         return {group: (TensorReader(store, then[group]), TensorReader(store, now[group])) for group in both}
 
     def _rebased(self, groups: Groups, part: Part) -> dict[str, dict[str, Tensor]]:
-        """y + (x_now − x_then) for groups that are positions, that is in the broadcast; differences stay as they are."""
+        """y + (x_now − x_then) for the model's groups; all others are differences, whatever they are called, and stay."""
         moved = {group: dict(tensors) for group, tensors in groups.items()}
         for group, readers in self._bases.items():
             then, now = (reader.read({name: part[name] for name in groups[group]}) for reader in readers)
@@ -253,6 +254,7 @@ class Contributor:
             metrics=m.metrics,
             seconds=m.seconds,
             bytes=sum(ref.size for ref in m.groups.values()),
+            received=m.received,
             peak_rss=m.peak_rss,
             attempt=m.attempt,
             numerics=m.numerics,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from fedflow.engine.rounds import record_abort
 from fedflow.engine.summary import Current, RunSummary, Status, current, summarize
 from fedflow.errors import FedflowError, ObjectMissing, RoundAborted, RoundError, RunMissing
 from fedflow.recipe import Recipe
@@ -116,7 +117,10 @@ class Run:
 
     def abort(self) -> None:
         """Stop the run; what is committed stays, and it can be resumed."""
+        running = self.backend.alive()
         self.backend.abort()
+        if running and self.status() == "interrupted":  # what ran it was stopped the hard way, or is dead
+            record_abort(self.journal, "aborted")
 
     def logs(self, site: str | None = None) -> Iterator[str]:
         """Log lines so far, oldest first; of one site if named."""

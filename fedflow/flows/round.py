@@ -18,6 +18,7 @@ from fedflow.errors import QuorumLost, SiteError, StoreUnwritable, UserError
 from fedflow.prefect.api import absent_sites, connect
 from fedflow.prefect.artifacts import flat, publish_round, shown_if_possible
 from fedflow.prefect.dispatch import Collector, Watched, send
+from fedflow.prefect.logs import heard_by
 from fedflow.recipe import Federation
 from fedflow.store.journal import Journal
 from fedflow.store.objects import ObjectStore
@@ -165,15 +166,16 @@ def collect(journal: Journal, plan: Plan, opening: Opening, sites: dict[str, Wat
 def aggregate(journal: Journal, federation: Federation, plan: Plan, opening: Opening) -> None:
     """Reduce, step the server's state, commit: in a child process that the timeout kills."""
     timeout = journal.recipe().timeouts.round_deadline.total_seconds()
-    aggregate_in_child(
-        journal.store.url,
-        dict(federation.store_options),
-        journal.run,
-        plan.round,
-        plan.phase,
-        opening.number,
-        timeout=timeout,
-    )
+    with heard_by(get_run_logger()):
+        aggregate_in_child(
+            journal.store.url,
+            dict(federation.store_options),
+            journal.run,
+            plan.round,
+            plan.phase,
+            opening.number,
+            timeout=timeout,
+        )
 
 
 @task(

@@ -11,16 +11,17 @@ from prefect import Flow, flow, get_run_logger, runtime, tags
 from prefect.client.schemas.objects import FlowRun, State
 
 from fedflow.engine.child import start_in_child, warm_up
-from fedflow.engine.rounds import amend_run, next_step, recording_outcome
+from fedflow.engine.rounds import amend_run, next_step, record_abort, recording_outcome
 from fedflow.engine.summary import summarize
 from fedflow.errors import RoundError
 from fedflow.flows.round import evaluate, federated_round, journal_of
+from fedflow.memory import tidy_after
 from fedflow.prefect.api import absent_sites, cancel, connect, find_runs, run_tag, training_tag
 from fedflow.prefect.artifacts import Progress, publish_report, shown_if_possible
 from fedflow.prefect.deploy import TRAINING_FLOW
 from fedflow.recipe import Federation, Recipe
 from fedflow.store.journal import Journal
-from fedflow.store.records import Outcome, utc_now
+from fedflow.store.records import utc_now
 
 
 def _run_id() -> str:
@@ -44,8 +45,7 @@ def _record_abort(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any]) ->
     """A person cancelled: say so in the journal too."""
     federation = Federation.model_validate(flow_run.parameters["federation"])
     journal = journal_of(federation, _named(flow_run.parameters, flow_run.id))
-    number = len(journal.outcomes()) + 1
-    journal.put_outcome(Outcome(number=number, status="aborted", message=state.message or "cancelled", at=utc_now()))
+    record_abort(journal, state.message or "cancelled")
 
 
 @flow(
@@ -88,6 +88,7 @@ def training(recipe: Recipe, federation: Federation, run_id: str | None = None) 
                 why = "resume" if resumed else "start"
                 federated_round(run, step.round, federation, reopen=resumed, why=why, ends=ends)
             resumed = False
+            tidy_after(step.round, journal.recipe().training.tidy_every)
         progress.show(journal.recipe(), journal.recipe().rounds)
         summary = summarize(journal)
         with shown_if_possible():

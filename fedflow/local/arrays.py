@@ -110,7 +110,11 @@ class ArrayTrainer(Trainer):
         )
 
     def _check_request(self, request: Request) -> None:
-        asked = {"a gradient correction": bool(request.correction), "a preserved state": request.memory is not None}
+        asked = {
+            "a gradient correction": bool(request.correction),
+            "a merge between its steps": bool(request.merge),
+            "a preserved state": request.memory is not None,
+        }
         for what, wanted in asked.items():
             if wanted:
                 raise TrainingInvalid(

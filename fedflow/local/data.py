@@ -93,8 +93,9 @@ class DataView(Stream):
     """`loader` read as its training loop would read it.
 
     The batches and every random draw are those of the plain loader: what is kept between rounds is the state of the
-    generators at the beginning of the epoch, and how many of its batches belong to completed steps. Everything else
-    (`len`, `dataset`, `batch_size`, ...) is the loader's.
+    generators at the beginning of the epoch, and how many of its batches belong to completed steps. What the loader's worker
+    processes draw is the plain loader's until a round goes on within an epoch, or persistent workers begin their second one.
+    Everything else (`len`, `dataset`, `batch_size`, ...) is the loader's.
 
     strict: a loader whose order cannot be known beforehand is an error; else it is read from its beginning, with a warning
     """
@@ -104,6 +105,7 @@ class DataView(Stream):
     ) -> None:
         self._loader = loader
         self._resumable = self._check(strict)
+        self._seeds = torch.Generator()  # of the loader's workers
         super().__init__(place=place if self._resumable else None, **options)
 
     def __getattr__(self, name: str) -> Any:
@@ -128,7 +130,10 @@ class DataView(Stream):
         rest = order[self._at["batch"] :]
         if not rest:
             return ()
-        return (self._loader[i] for i in rest) if isinstance(self._loader, Sequence) else _like(self._loader, rest)
+        if isinstance(self._loader, Sequence):
+            return (self._loader[i] for i in rest)
+        torch.empty(self._at["batch"], dtype=torch.int64).random_(generator=self._seeds)  # others, further on
+        return _like(self._loader, rest, self._seeds)
 
     def _order(self) -> list[Any]:
         """Indices of the epoch's batches, from the draws that the plain loader makes when an epoch begins."""
@@ -148,26 +153,43 @@ class DataView(Stream):
         for part in parts:
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
-        torch.empty((), dtype=torch.int64).random_(generator=loader.generator)  # the workers' seed
-        return list(sampler)
+        self._seeds.set_state((loader.generator or torch.default_generator).get_state())
+        indices = iter(sampler)
+        if not (loader.persistent_workers and epoch):
+            torch.empty((), dtype=torch.int64).random_(generator=loader.generator)  # the workers' seed
+        return list(indices)
 
     def _check(self, strict: bool) -> bool:
         """Whether the order of the batches can be known before they are read."""
-        loader = self._loader
-        if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
-            return True
-        if isinstance(loader, Sequence) and not isinstance(loader, (str, bytes)):
+        unknown = _without_order(self._loader)
+        if unknown is None:
             return True
         text = field_error(
             "data",
-            type(getattr(loader, "dataset", loader)).__name__,
-            "a DataLoader over a dataset with indices, or a list of batches",
+            type(unknown).__name__,
+            "a DataLoader over a dataset with indices and a sampler with a length, or a list of batches",
             "without it a round reads from the beginning",
         )
         if strict:
             raise TrainingInvalid(text)
         log.warning("%s", text)
         return False
+
+
+def _without_order(loader: Any) -> Any:
+    """What keeps the order of the batches from being known before they are read; None where nothing does."""
+    if isinstance(loader, Sequence) and not isinstance(loader, (str, bytes)):
+        return None
+    if not isinstance(loader, DataLoader) or type(loader).__iter__ is not DataLoader.__iter__:
+        return loader  # a loader's own __iter__ may do anything to its batches
+    if isinstance(loader.dataset, IterableDataset):
+        return loader.dataset
+    try:
+        len(loader)
+    except (TypeError, NotImplementedError):
+        sampler = loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
+        return getattr(sampler, "sampler", sampler)
+    return None
 
 
 def _own_generators(loader: Any) -> list[torch.Generator]:
@@ -191,8 +213,8 @@ def _replayed(start: Mapping[str, Any], own: list[torch.Generator]) -> Iterator[
         set_generators(now)
 
 
-def _like(loader: Any, order: list[Any]) -> DataLoader[Any]:
-    """`loader` with its batches in this order; it draws from none of the process's generators."""
+def _like(loader: Any, order: list[Any], seeds: torch.Generator) -> DataLoader[Any]:
+    """`loader` with its batches in this order; of generators in this process it draws from `seeds` only."""
     chosen: dict[str, Any] = {"batch_sampler": order} if loader.batch_sampler is not None else {"sampler": order}
     if loader.batch_sampler is None:
         chosen["batch_size"] = None
@@ -206,6 +228,6 @@ def _like(loader: Any, order: list[Any]) -> DataLoader[Any]:
         timeout=loader.timeout,
         worker_init_fn=loader.worker_init_fn,
         multiprocessing_context=loader.multiprocessing_context,
-        generator=torch.Generator().manual_seed(0),
+        generator=seeds,
         **chosen,
     )

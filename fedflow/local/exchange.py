@@ -1,6 +1,6 @@
 """What goes into a training in a process of its own, and comes out of it: safetensors and JSON in a folder.
 
-task.json, in/<group>.safetensors, in/offset.safetensors, in/<rank>/state.{json,safetensors}     written before it starts
+task.json, in/<group>.safetensors, in/{offset,merge}.safetensors, in/<rank>/state.{json,safetensors}     written before it starts
 out/result.json, out/<group>.safetensors, out/<rank>/state.{json,safetensors}                    result.json last
 progress                                                                                  steps so far
 """
@@ -8,6 +8,7 @@ progress                                                                        
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fedflow.algorithm import Correction
+from fedflow.algorithm import Correction, Merge
 from fedflow.errors import SiteError
 from fedflow.local.state import TrainingState
 from fedflow.types import Groups
@@ -61,6 +62,8 @@ class Task:
     proximal: float = 0.0
     apply: str = "gradient"
     assumes_sgd: bool = False
+    merge_after: int = 0
+    merge_keep: float = 0.0
     threads: int = 1
     device: str = "cpu"
     deterministic: str = "bitwise"
@@ -74,6 +77,9 @@ class Task:
 
     def correction(self, offset: Mapping[str, Tensor]) -> Correction:
         return Correction(offset=offset, proximal=self.proximal, apply=self.apply, assumes_sgd=self.assumes_sgd)  # type: ignore[arg-type]
+
+    def merge(self, values: Mapping[str, Tensor]) -> Merge:
+        return Merge(values, after=self.merge_after, keep=self.merge_keep)
 
 
 @dataclass(frozen=True)
@@ -144,9 +150,10 @@ def read_result(folder: Path) -> Result:
     """Raises SiteError where it is not as `Result.write` left it."""
     try:
         result = Result(**json.loads((folder / "result.json").read_text()))
-        numbers = [result.steps, result.lr_sum, *result.metrics.values()]
-        whole = type(result.steps) is int and type(result.processes) is int
-        if not all(isinstance(n, (int, float)) for n in numbers) or not whole:
+        counts = (result.examples or 0, result.steps, result.processes)
+        whole = all(type(n) is int and n >= 0 for n in counts) and result.steps and result.processes
+        numbers = all(isinstance(n, (int, float)) for n in (result.lr_sum, *result.metrics.values()))
+        if not (whole and numbers and math.isfinite(result.lr_sum) and isinstance(result.state, (str, type(None)))):
             raise ValueError(f"found {result}")
     except FileNotFoundError:
         raise SiteError("it sent nothing; call fedflow.client.send() after the training") from None

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from torch import nn
 from torch.utils.data import DataLoader
 
+from fedflow.errors import ResolveError, field_error
 from fedflow.local.session import Session
 from fedflow.local.trainer import Request, SessionTrainer
 from fedflow.local.workload import Setup
 from fedflow.recipe import LocalTraining
 from fedflow.types import RoundContext
 
-__all__ = ["Config", "FunctionWorkload", "config_for", "numbers"]
+__all__ = ["Config", "FunctionWorkload", "config_for", "examples_in", "numbers"]
 
 
 class Config(dict[str, Any]):
@@ -48,7 +50,10 @@ class FunctionWorkload:
         config: Mapping[str, Any] | None = None,
     ) -> None:
         self.train, self.data, self.config = train, data, dict(config or {})
-        self._examples = len(getattr(data, "dataset", data)) if examples is None else examples
+        found = examples_in(data) if examples is None else examples
+        if found is None:
+            raise ResolveError(field_error("examples", None, "their number", "give it: this data has no length"))
+        self._examples = found
         self._evaluate = evaluate
 
     def __len__(self) -> int:
@@ -72,6 +77,14 @@ class FunctionTrainer(SessionTrainer):
             data = session.data(data)
         config = config_for(self.settings, request.ctx, request.steps, self.workload.config)
         return numbers(self.workload.train(session.model, data, config))
+
+
+def examples_in(data: Any) -> int | None:
+    """Those of the loader's dataset, or the data's own; None where it has no length."""
+    try:
+        return len(getattr(data, "dataset", data))
+    except TypeError:
+        return None
 
 
 def config_for(
@@ -102,5 +115,6 @@ def numbers(returned: Any) -> dict[str, float]:
     found: dict[str, float] = {}
     for name, value in returned.items():
         if isinstance(value, (int, float)) or getattr(value, "ndim", None) == 0:
-            found[str(name)] = float(value)
+            with suppress(TypeError, ValueError, RuntimeError):  # a text, a date, a complex number
+                found[str(name)] = float(value)
     return found

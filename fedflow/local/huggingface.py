@@ -69,7 +69,8 @@ class HuggingFaceSiteTrainer(SessionTrainer):
         trainer = self.workload.trainer(session.model, config)
         trainer.add_callback(FederatedCallback(session))
         if request.steps is not None or request.memory is not None:
-            stream = session.data(trainer.get_train_dataloader())
+            loader = trainer.get_train_dataloader()
+            stream = session.data(getattr(loader, "base_dataloader", loader))  # as it is below accelerate's
             trainer.get_train_dataloader = lambda: stream
         output = trainer.train()
         return {"loss": float(output.training_loss), **numbers({"epoch": output.metrics.get("epoch")})}

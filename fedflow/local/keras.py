@@ -137,6 +137,13 @@ class KerasTrainer(Trainer):
         )
 
     def _check_request(self, request: Request) -> None:
+        if request.merge:
+            raise TrainingInvalid(
+                field_error(
+                    "workload", "KerasWorkload", "code that takes a merge between its steps", "set algorithm.tau: 0"
+                ),
+                **place_of(request.ctx),
+            )
         if request.memory is not None:
             raise TrainingInvalid(
                 field_error(

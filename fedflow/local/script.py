@@ -99,7 +99,9 @@ class ScriptTrainer(Trainer):
     def _give(self, folder: Path, broadcast: Groups, request: Request) -> None:
         (folder / "out").mkdir()
         inputs = {group: broadcast[group] for group in exchange.GROUPS}
-        exchange.write_groups(folder / "in", {**inputs, "offset": request.correction.offset})
+        exchange.write_groups(
+            folder / "in", {**inputs, "offset": request.correction.offset, "merge": request.merge.values}
+        )
         for rank, state in enumerate(self._kept(request)):
             exchange.write_state(folder / "in" / str(rank), state)
         self._task(request).write(folder)
@@ -123,6 +125,8 @@ class ScriptTrainer(Trainer):
             proximal=correction.proximal,
             apply=correction.apply,
             assumes_sgd=correction.assumes_sgd,
+            merge_after=request.merge.after,
+            merge_keep=request.merge.keep,
             **self.numerics.model_dump(mode="json"),
         )
 

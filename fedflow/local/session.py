@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from fedflow.algorithm import NO_CORRECTION, Correction
+from fedflow.algorithm import NO_CORRECTION, NO_MERGE, Correction, Merge
 from fedflow.errors import SiteError, TrainingInvalid, field_error
 from fedflow.local.correction import Corrector
 from fedflow.local.data import DataView, GeneratedStream, Stream
@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 Progress = Callable[[int, int | None], None]
 S = TypeVar("S", bound=Stream)
 
+_PATIENCE = 1000  # times that data may end without a step in between: epochs that are left over, or a loop without end
+
 
 class EnoughSteps(BaseException):
     """Ends training code that goes on after its last step; only the session that raised it catches it."""
@@ -45,6 +47,7 @@ class Session:
     """One training of `model`, whose values now are the broadcast.
 
     correction: what is added to the gradients; none: the training is untouched, to the bit
+    merge:      what the parameters take in after some of the steps
     steps:      exactly so many completed optimizer steps; None = as many as the code takes
     strict:     code that had to be stopped, or data that cannot be resumed, is an error and not a warning
     hooks:      False for a loop that calls `before_step` and `after_step` itself
@@ -62,6 +65,7 @@ class Session:
         model: nn.Module,
         *,
         correction: Correction = NO_CORRECTION,
+        merge: Merge = NO_MERGE,
         steps: int | None = None,
         strict: bool = False,
         hooks: bool = True,
@@ -72,7 +76,7 @@ class Session:
         self.model, self.planned, self.strict, self.on_step = model, steps, strict, on_step
         self.done, self.lr_sum = 0, 0.0
         self._hooks = hooks
-        self.correction, self.stopped = correction, False
+        self.correction, self.merge, self.stopped = correction, merge, False
         self._corrector = Corrector(model, correction) if correction else None
         self._names = {id(p): name for name, p in model.named_parameters()}
         self._parameters = dict(model.named_parameters())
@@ -80,8 +84,10 @@ class Session:
         self._optimizer: Optimizer | None = None
         self._rate, self._rates = 0.0, dict[int, float]()
         self._stepped: tuple[list[int], set[int]] = ([], set())
-        self._corrected = self._manual = False
+        self._corrected = self._stepping = self._manual = False
         self._streams: list[Stream] = []
+        self._ends = 0
+        self._refusal: TrainingInvalid | None = None
         self._buffers: dict[str, Tensor] = {}
         self._place = dict(place or {})
         self._preserved = Preserved(memory, self._names) if memory is not None else None
@@ -99,10 +105,17 @@ class Session:
         if self._hooks:
             _uninstall(self)
         _LOCAL.sessions = [s for s in _LOCAL.sessions if s is not self]
-        stopped = isinstance(error, EnoughSteps) and error.args[0] is self
-        if error is None or stopped:
+        ended = self.ended(error)
+        if error is None or ended:
+            self.stopped |= ended
             self._finish()
-        return stopped
+        return ended
+
+    def ended(self, error: BaseException | None) -> bool:
+        """Whether `error` is how code ends that goes on after its last step: it is stopped, or asks for a next batch in vain."""
+        if isinstance(error, EnoughSteps):
+            return error.args[0] is self
+        return isinstance(error, StopIteration) and self.done == self.planned and bool(self._streams)
 
     def data(self, loader: Any) -> DataView:
         """`loader` as a stream that goes on where the site stopped reading, and ends once `steps` steps are complete."""
@@ -138,7 +151,11 @@ class Session:
             self._preserved.restore_generators()
 
     def _end_reading(self) -> None:
-        if self._preserved is not None:
+        self._ends += 1
+        if self._ends > _PATIENCE:
+            self.stopped = True
+            raise EnoughSteps(self)
+        if self._preserved is not None and self.planned is None:
             self._preserved.note_generators()
 
     # -- at every step
@@ -149,6 +166,7 @@ class Session:
         if self.done == self.planned:
             self.stopped = True
             raise EnoughSteps(self)
+        self._stepping = True
         self._check_trainable()
         if self._preserved is not None:
             self._preserved.restore(optimizer)
@@ -177,8 +195,10 @@ class Session:
             self._corrected = True
 
     def after_step(self, optimizer: Optimizer) -> None:
-        """After `optimizer.step()`."""
-        self._corrected = False
+        """After `optimizer.step()`; nothing where it is over already: a subclass's step around its parent's is one."""
+        if not self._stepping:
+            return
+        self._corrected = self._stepping = False
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and float(found_inf):
             return
@@ -212,6 +232,9 @@ class Session:
     def _count(self, lr: float) -> None:
         self.done += 1
         self.lr_sum += lr
+        self._ends = 0
+        if self.merge and self.done == self.merge.after:
+            self._take_in()
         for stream in self._streams:
             stream.commit()
         if self.done == self.planned:
@@ -219,6 +242,11 @@ class Session:
             if self._preserved is not None:
                 self._preserved.note_generators()
         self.on_step(self.done, self.planned)
+
+    @torch.no_grad()
+    def _take_in(self) -> None:
+        for name, value in self.merge.into({n: self._parameters[n].cpu() for n in self.merge.values}).items():
+            self._parameters[name].copy_(value)
 
     def _closure(self, closure: Callable[[], Any], optimizer: Optimizer) -> Any:
         with torch.enable_grad():
@@ -288,6 +316,8 @@ class Session:
                 )
 
     def _finish(self) -> None:
+        if self._refusal is not None:  # and the code went on
+            raise self._refusal
         self._check_trainable()
         self._check_same_parameters()
         if self.done == 0:
@@ -304,6 +334,10 @@ class Session:
                 self.done,
                 f"exactly {self.planned}",
                 "loop over the data until it ends, without a limit of your own",
+            )
+        if self.merge and self.done <= self.merge.after:
+            raise self._invalid(
+                "steps", self.done, f"more than the {self.merge.after} before the merge", "take more, or merge earlier"
             )
         if self.stopped:
             self._take_back()
@@ -340,7 +374,8 @@ class Session:
         log.warning("%s", text)
 
     def _invalid(self, field: str, found: object, expected: str, fix: str) -> TrainingInvalid:
-        return TrainingInvalid(field_error(field, found, expected, fix), **self._place)
+        self._refusal = TrainingInvalid(field_error(field, found, expected, fix), **self._place)
+        return self._refusal
 
     def _error(self, text: str) -> SiteError:
         return SiteError(text, **self._place)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fedflow.algorithm import NO_CORRECTION, Correction, LocalResult
+from fedflow.algorithm import NO_CORRECTION, NO_MERGE, Correction, LocalResult, Merge
 from fedflow.errors import SiteError, TrainingInvalid
 from fedflow.local import numerics
 from fedflow.local.generators import generators, set_generators
@@ -32,6 +32,7 @@ class Request:
     correction: Correction
     steps: int | None
     memory: Memory | None
+    merge: Merge = NO_MERGE
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Trainer(ABC):
         correction: Correction = NO_CORRECTION,
         steps: int | None = None,
         preserve: bool = False,
+        merge: Merge = NO_MERGE,
     ) -> LocalResult:
         """Train from `broadcast`: `steps` (or the settings') optimizer steps, or as many as the settings' epochs have.
 
@@ -68,7 +70,7 @@ class Trainer(ABC):
         if len(self.workload) == 0:
             raise SiteError("the workload has no examples; give this site data or leave it out", **place_of(ctx))
         planned = ctx.overrides.get("steps", steps or self.settings.steps)
-        result = self.perform(broadcast, Request(ctx, correction, planned, self.memory if preserve else None))
+        result = self.perform(broadcast, Request(ctx, correction, planned, self.memory if preserve else None, merge))
         if model_digest(result.frozen) != model_digest(broadcast["frozen"]):
             raise SiteError(
                 "frozen parameters were changed by the training; mark them trainable, or leave them alone",
@@ -148,6 +150,7 @@ class SessionTrainer(Trainer):
             session = Session(
                 model,
                 correction=request.correction,
+                merge=request.merge,
                 steps=request.steps,
                 strict=self.settings.strict,
                 hooks=self.hooks,

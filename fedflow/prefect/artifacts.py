@@ -53,7 +53,7 @@ def publish_round(run: str, recipe: Recipe, summary: RoundSummary, asked: int) -
     create_table_artifact(
         table=rows,
         key=artifact_key(run, "round"),
-        description=f"Round {summary.round} of {recipe.rounds}: {len(summary.sites)} of {asked} sites count, {summary.seconds:.1f} s. {described}\n\nmodel `{summary.model_digest}`",
+        description=f"Round {summary.round}, {summary.round + 1} of {recipe.rounds}: {len(summary.sites)} of {asked} sites count, {summary.seconds:.1f} s. {described}\n\nmodel `{summary.model_digest}`",
     )
 
 
@@ -100,7 +100,7 @@ def publish_report(summary: RunSummary) -> None:
 
 
 def report(summary: RunSummary) -> str:
-    """The run's report: key metric per round as a curve and a table, exclusions, digests."""
+    """The run's report: each metric's curve, the key metric first; a table of the rounds; exclusions, digests."""
     name = summary.recipe.key_metric.name
     values = [r.shown.get(name) for r in summary.rounds]
     lines = [
@@ -108,8 +108,10 @@ def report(summary: RunSummary) -> str:
         "",
         f"{len(summary.rounds)} of {summary.recipe.rounds} rounds, {len(summary.sites)} sites, {summary.recipe.algorithm.kind}.",
     ]
-    if any(v is not None for v in values):
-        lines += ["", f"`{sparkline(values)}` {name}, round by round"]
+    for metric in dict.fromkeys([name, *(n for r in summary.rounds for n in r.shown)]):
+        curve = [r.shown.get(metric) for r in summary.rounds]
+        if any(v is not None for v in curve):
+            lines += ["", f"`{sparkline(curve)}` {metric}, round by round"]
     if summary.best is not None:
         lines += ["", f"Best {name}: **{_number(values[summary.best])}** in round {summary.best}."]
     lines += ["", f"| round | {name} | other metrics | sites | seconds | excluded |", "|---|---|---|---|---|---|"]

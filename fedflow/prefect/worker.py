@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from importlib import import_module
 from inspect import isawaitable
@@ -91,10 +91,15 @@ class FlowWorker(BaseWorker[BaseJobConfiguration, BaseVariables, FlowWorkerResul
             raise
         finally:
             kill_group(process)
+        flow = load(flows[name])
         cancelled = cancelled or await self._is_cancelling(flow_run.id)  # it may have ended before anybody looked
         if cancelled:
-            await self._mark_flow_run_as_cancelled(flow_run, {"message": "stopped by its worker"})
-        await self._run_hooks(flows[name], flow_run.id, crashed=not cancelled and process.exitcode != 0)
+            try:  # who sees the flow run cancelled finds done what its hooks do
+                await self._run_hooks(flow, flow.on_cancellation_hooks, flow_run.id)
+            finally:
+                await self._mark_flow_run_as_cancelled(flow_run, {"message": "stopped by its worker"})
+        elif process.exitcode != 0:
+            await self._run_hooks(flow, flow.on_crashed_hooks, flow_run.id)
         return FlowWorkerResult(identifier=str(process.pid), status_code=0 if cancelled else process.exitcode or 0)
 
     async def _watch(self, process: ForkServerProcess, flow_run: UUID) -> bool:
@@ -127,17 +132,11 @@ class FlowWorker(BaseWorker[BaseJobConfiguration, BaseVariables, FlowWorkerResul
                 await anyio.sleep(POLL)
         kill_group(process)
 
-    async def _run_hooks(self, target: str, flow_run: UUID, *, crashed: bool) -> None:
+    async def _run_hooks(self, flow: Flow[Any, Any], hooks: Sequence[Any] | None, flow_run: UUID) -> None:
         """The hooks that a killed process cannot run by itself."""
-        flow = load(target)
         seen = await self.client.read_flow_run(flow_run)
-        hooks: list[Any] = []
-        if seen.state_type == StateType.CANCELLED:
-            hooks = list(flow.on_cancellation_hooks or [])
-        elif crashed:
-            hooks = list(flow.on_crashed_hooks or [])
         state = seen.state if seen.state is not None else Crashed()
-        for hook in hooks:
+        for hook in hooks or ():
             called = await anyio.to_thread.run_sync(partial(cast(Callable[..., object], hook), flow, seen, state))
             if isawaitable(called):
                 await cast(Awaitable[object], called)

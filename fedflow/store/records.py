@@ -161,6 +161,7 @@ class UpdateManifest(_Record):
 
     plan:   digest of the plan it answers
     groups: group -> object
+    received: bytes of the broadcast that the site read
     state:  digest of the site state that goes with it; None if the algorithm keeps none
     The fields up to `state` decide `update_digest`; the rest (attempt, seconds, ...) does not.
     """
@@ -184,6 +185,7 @@ class UpdateManifest(_Record):
     opening: Count = 1
     attempt: Count = 1
     seconds: float = 0.0
+    received: Count = 0
     peak_rss: Count = 0
     numerics: dict[str, JsonValue] = {}
     fedflow: str = ""
@@ -192,7 +194,8 @@ class UpdateManifest(_Record):
     def update_digest(self) -> str:
         """Names the update and the site state that commits with it."""
         parts = self.model_dump(
-            mode="json", exclude={"opening", "attempt", "seconds", "peak_rss", "numerics", "fedflow", "training_state"}
+            mode="json",
+            exclude={"opening", "attempt", "seconds", "received", "peak_rss", "numerics", "fedflow", "training_state"},
         )
         return _digest(parts)
 
@@ -277,7 +280,7 @@ class SiteRecord(_Record):
 
 
 class ContributorSummary(_Record):
-    """One contributor in the manifest."""
+    """One contributor in the manifest. bytes: of its update; received: of the broadcast that it read."""
 
     update: str
     base_round: int
@@ -288,6 +291,7 @@ class ContributorSummary(_Record):
     metrics: dict[str, Metric]
     seconds: float
     bytes: int
+    received: int = 0
     peak_rss: int = 0
     attempt: int = 1
     numerics: dict[str, JsonValue] = {}

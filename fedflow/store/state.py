@@ -16,7 +16,7 @@ from fedflow.store.records import StateRecord
 from fedflow.store.tensors import Part, TensorReader, read_spec, read_tensors, write_tensors
 from fedflow.types import Spec, TensorSpec, canonical_json
 
-__all__ = ["StateReader", "outline", "read_outline", "read_state", "scalars_of", "tensor_fields", "write_state"]
+__all__ = ["StateReader", "read_outline", "read_state", "scalars_of", "tensor_fields", "write_state"]
 
 
 def tensor_fields(state: Any) -> dict[str, Mapping[str, Tensor]]:
@@ -78,14 +78,20 @@ def read_state(store: ObjectStore, cls: type[Any], record: StateRecord) -> Any:
     return _built(cls, record, {field: read_tensors(store, ref) for field, ref in record.tensors.items()})
 
 
-def read_outline(store: ObjectStore, cls: type[Any], record: StateRecord) -> Any:
-    """The state of class `cls` with tensors that have a shape and a dtype but no values, from the headers alone."""
-    return outline(cls, record, {field: read_spec(store, ref) for field, ref in record.tensors.items()})
+def read_outline(store: ObjectStore, cls: type[Any], record: StateRecord, spec: Spec | None = None) -> Any:
+    """The state of class `cls` with tensors that have a shape and a dtype but no values, from the headers alone; fields that
+    are `SMALL` have values too.
 
+    spec: the headers, where they are known
+    """
+    small = {f.name for f in dataclasses.fields(cls) if f.metadata.get("small")}
 
-def outline(cls: type[Any], record: StateRecord, spec: Spec) -> Any:
-    """The same of a state of `spec`."""
-    return _built(cls, record, {field: {n: _hollow(s) for n, s in names.items()} for field, names in spec.items()})
+    def outlined(field: str, ref: ObjectRef) -> dict[str, Tensor]:
+        if field in small:
+            return read_tensors(store, ref)
+        return {name: _hollow(s) for name, s in (read_spec(store, ref) if spec is None else spec[field]).items()}
+
+    return _built(cls, record, {field: outlined(field, ref) for field, ref in record.tensors.items()})
 
 
 def _hollow(spec: TensorSpec) -> Tensor:

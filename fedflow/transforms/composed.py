@@ -47,6 +47,10 @@ class Transformed(Algorithm):
         return _joined_type(self.algorithm.SiteState, *(t.SiteState for t in self.transforms))
 
     @property
+    def renewable(self) -> bool:  # type: ignore[override]
+        return bool(self.algorithm.renewable)
+
+    @property
     def least_updates(self) -> int:
         return int(self.algorithm.least_updates)
 

@@ -16,7 +16,7 @@ from fedflow.errors import RecipeError, UpdateInvalid, field_error
 from fedflow.tensors import cast, non_finite
 from fedflow.types import Groups, RoundContext, Spec, Tensors, TensorSpec, Update, derive_seed
 
-__all__ = ["Lossy", "Residual"]
+__all__ = ["Lossy", "Residual", "blocks", "joined"]
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,10 @@ class Lossy(Transform):
             if group not in spec:
                 fix = "set algorithm.transfer: delta" if group == "delta" else "correct the name"
                 raise RecipeError(field_error(f"transforms.{self.kind}.groups", group, f"one of {sorted(spec)}", fix))
-            found |= {_joined(group, part): {} for part in self.parts(_ANY)}
+            found |= {joined(group, part): {} for part in self.parts(_ANY)}
             for name, tensor in spec[group].items():
                 for part, of_part in (self.parts(tensor) if _floating(tensor) else {"": tensor}).items():
-                    found.setdefault(_joined(group, part), {})[name] = of_part
+                    found.setdefault(joined(group, part), {})[name] = of_part
         return found
 
     def init_site(self, broadcast: Groups) -> Any:
@@ -77,7 +77,7 @@ class Lossy(Transform):
         found: dict[str, dict[str, Tensor]] = {g: dict(t) for g, t in update.tensors.items() if g not in self.groups}
         lost: dict[str, Tensor] = {}
         for group in self.groups:
-            found |= {_joined(group, part): {} for part in self.parts(_ANY)}
+            found |= {joined(group, part): {} for part in self.parts(_ANY)}
             for name, tensor in update.tensors[group].items():
                 parts: Mapping[str, Tensor] = {"": tensor}
                 if tensor.is_floating_point():
@@ -87,8 +87,8 @@ class Lossy(Transform):
                     sent = self.restore(parts, TensorSpec(tuple(tensor.shape), tensor.dtype), seed)
                     lost[key] = cast(wanted.double() - sent.double(), tensor.dtype)
                 for part, value in parts.items():
-                    found.setdefault(_joined(group, part), {})[name] = value
-        return replace(update, tensors=found), Residual(lost) if self.error_feedback else state
+                    found.setdefault(joined(group, part), {})[name] = value
+        return replace(update, tensors=found), Residual({**state.residual, **lost}) if self.error_feedback else state
 
     def _with_lost(self, tensor: Tensor, state: Any, key: str) -> Tensor:
         if not self.error_feedback or key not in state.residual:
@@ -96,13 +96,13 @@ class Lossy(Transform):
         return cast(tensor.double() + state.residual[key].double(), tensor.dtype)
 
     def decode(self, update: Update, spec: Spec) -> Update:
-        own = {_joined(group, part) for group in self.groups for part in ("", *self.parts(_ANY))}
+        own = {joined(group, part) for group in self.groups for part in ("", *self.parts(_ANY))}
         found: dict[str, dict[str, Tensor]] = {g: dict(t) for g, t in update.tensors.items() if g not in own}
         for group in self.groups:
             found[group] = {}
             for name, tensor in spec[group].items():
                 names = list(self.parts(_ANY)) if _floating(tensor) else [""]
-                sent = {part: update.tensors.get(_joined(group, part), {}) for part in names}
+                sent = {part: update.tensors.get(joined(group, part), {}) for part in names}
                 parts = {part: tensors[name] for part, tensors in sent.items() if name in tensors}
                 if len(parts) == len(names):
                     found[group][name] = self._restored(parts, tensor, update, group, name)
@@ -129,7 +129,8 @@ def _floating(spec: TensorSpec) -> bool:
     return spec.dtype.is_floating_point
 
 
-def _joined(group: str, part: str) -> str:
+def joined(group: str, part: str) -> str:
+    """The group that a part of every encoded tensor of `group` travels in."""
     return f"{group}.{part}" if part else group
 
 

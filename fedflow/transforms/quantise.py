@@ -10,24 +10,85 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedflow.tensors import cast
-from fedflow.transforms.differences import Lossy, blocks
-from fedflow.types import Groups, TensorSpec
+from fedflow.errors import RecipeError, field_error
+from fedflow.tensors import LazyGroups, cast
+from fedflow.transforms.differences import Lossy, blocks, joined
+from fedflow.types import Groups, Spec, Tensors, TensorSpec
 
 __all__ = ["Cast", "Quantise"]
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-class Cast(Lossy):
+class _Narrow(Lossy):
+    """A lossy transform that can also encode what sites receive.
+
+    Sites then train from the decoded model x̂, and send y − x̂, which the server adds to its own exact x: what is lost on the
+    way to the sites moves the point at which they take gradients, and is never in the model.
+    """
+
+    exact: ClassVar[frozenset[str]] = frozenset()
+    """Groups of a broadcast that are sent as they are."""
+    broadcast: bool = False
+    """Whether what sites receive is encoded too: they then train from the rounded model. Needs `algorithm.transfer: delta`."""
+
+    def encoded(self, spec: Spec) -> Spec:
+        if self.broadcast and "params" in spec:
+            field, expected = f"transforms.{self.kind}.broadcast", "false where sites send positions"
+            fix = "set algorithm.transfer: delta, or what is lost of a broadcast would be in the model"
+            raise RecipeError(field_error(field, self.broadcast, expected, fix))
+        return super().encoded(spec)
+
+    def at_broadcast(self, groups: Groups) -> Groups:
+        if not self.broadcast:
+            return groups
+        found: dict[str, Tensors] = dict(groups)
+        for group, tensors in groups.items():
+            wide = {n: t for n, t in tensors.items() if t.dtype in _WIDE and t.numel()}
+            if wide and group not in self.exact:
+                parts = {n: {**self.encode(t, 0), _LIKE: t.new_empty((0, *t.shape))} for n, t in wide.items()}
+                found[group] = {n: t for n, t in tensors.items() if n not in wide}
+                for part in (*self.parts(_ANY), _LIKE):
+                    found[joined(group, part)] = {n: of[part] for n, of in parts.items()}
+        return found
+
+    def at_arrival(self, groups: Groups) -> Groups:
+        if not self.broadcast:
+            return groups
+        parts = (*self.parts(_ANY), _LIKE)
+        encoded = {group for group in groups if joined(group, parts[0]) in groups}
+        sent = {joined(group, part) for group in encoded for part in parts}
+
+        def decoded(group: str) -> Tensors:
+            if group not in encoded:
+                return groups[group]
+            *values, likes = (groups[joined(group, part)] for part in parts)
+            found = dict(groups[group])
+            for name, like in likes.items():
+                of = {part: tensors[name] for part, tensors in zip(parts, values, strict=False)}
+                found[name] = self.restore(of, TensorSpec(tuple(like.shape[1:]), like.dtype), 0)
+            return found
+
+        return LazyGroups([group for group in groups if group not in sent], decoded)
+
+
+_WIDE = (torch.float32, torch.float64)
+_LIKE = "like"
+"""A part of no bytes that says the shape and the dtype: empty, with the shape after a 0."""
+_ANY = TensorSpec((1,), torch.float32)
+
+
+class Cast(_Narrow):
     """Differences as 16-bit floats: half the bytes. float16 keeps 11 bits of each number and overflows at 65504, which
     excludes the update; bfloat16 keeps 8 bits and float32's range."""
 
     kind: Literal["cast"] = "cast"
-    by_rows: ClassVar[bool] = True
     dtype: Literal["float16", "bfloat16"] = "bfloat16"
-    broadcast: bool = False
-    """Whether what sites receive is cast too: they then train from the rounded model."""
+
+    @property
+    def by_rows(self) -> bool:  # type: ignore[override]
+        """Of a broadcast not: beside the numbers it has the shape of the whole."""
+        return not self.broadcast
 
     def parts(self, spec: TensorSpec) -> Mapping[str, TensorSpec]:
         return {self.dtype: TensorSpec(spec.shape, _DTYPES[self.dtype])}
@@ -38,39 +99,12 @@ class Cast(Lossy):
     def restore(self, parts: Mapping[str, Tensor], spec: TensorSpec, seed: int) -> Tensor:
         return parts[self.dtype].to(spec.dtype)
 
-    def at_broadcast(self, groups: Groups) -> Groups:
-        if not self.broadcast:
-            return groups
-        narrow, found = _DTYPES[self.dtype], dict(groups)
-        for dtype in (torch.float32, torch.float64):
-            for group, tensors in groups.items():
-                of = {n: t for n, t in tensors.items() if t.dtype == dtype}
-                if of:
-                    found[group] = {n: t for n, t in found[group].items() if n not in of}
-                    found[_cast_from(group, dtype)] = {n: cast(t.double(), narrow) for n, t in of.items()}
-        return found
 
-    def at_arrival(self, groups: Groups) -> Groups:
-        if not self.broadcast:
-            return groups
-        found = {g: dict(t) for g, t in groups.items() if _CAST not in g}
-        for dtype in (torch.float32, torch.float64):
-            for group in list(found):
-                for name, tensor in groups.get(_cast_from(group, dtype), {}).items():
-                    found[group][name] = tensor.to(dtype)
-        return found
-
-
-_CAST = ".from-"
-
-
-def _cast_from(group: str, dtype: torch.dtype) -> str:
-    return f"{group}{_CAST}{str(dtype).removeprefix('torch.')}"
-
-
-class Quantise(Lossy):
+class Quantise(_Narrow):
     """Differences as integers of 8 or 4 bits: a block of numbers shares a scale, so that |d − decoded(d)| is at most
-    max|d| / 254 (8 bits) or max|d| / 14 (4 bits) over the block."""
+    max|d| / 254 (8 bits) or max|d| / 14 (4 bits) over the block. Of a broadcast, all but frozen parameters and buffers."""
+
+    exact: ClassVar[frozenset[str]] = frozenset({"frozen", "buffers"})
 
     kind: Literal["quantise"] = "quantise"
     bits: Literal[4, 8] = 8

@@ -134,7 +134,7 @@ def test_frozen_parameters_are_held_or_averaged() -> None:
 FLOAT32 = st.floats(-(2.0**120), 2.0**120, width=32)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.tuples(FLOAT32, FLOAT32), min_size=1, max_size=20), st.integers(1, 10**6))
 def test_one_site_at_rate_one_gives_back_its_model_to_the_bit(pairs: list[tuple[float, float]], examples: int) -> None:
     x, y = (torch.tensor(v) for v in zip(*pairs, strict=True))
@@ -142,7 +142,7 @@ def test_one_site_at_rate_one_gives_back_its_model_to_the_bit(pairs: list[tuple[
     assert same_bits(new.params["x"], y)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(FLOAT32, FLOAT32)
 def test_a_difference_loses_at_most_a_unit_in_the_last_place(start: float, end: float) -> None:
     x, y = torch.tensor([start]), torch.tensor([end])

@@ -74,7 +74,7 @@ def test_one_site_that_reaches_its_optimum_is_a_proximal_point() -> None:
         assert game.site_states["a"].g["x"].item() == pytest.approx(2 * (y - 3), abs=1e-9)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(st.data())
 def test_h_is_the_mean_of_all_whoever_takes_part_and_whoever_is_lost(data: st.DataObject) -> None:
     sites = ["a", "b", "c", "d"]

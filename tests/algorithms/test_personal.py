@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fedflow.algorithm import Algorithm
-from fedflow.algorithms import DiLoCo, FedAvg, FedDyn, FedNova, FedOpt, FedProx, QFedAvg, Scaffold
+from fedflow.algorithms import DiLoCo, FedAvg, FedDyn, FedNova, FedOpt, FedProx, QFedAvg, Scaffold, StreamingDiLoCo
 from fedflow.engine.aggregation import read_model
 from fedflow.errors import RecipeError
 from fedflow.store.objects import ObjectStore
@@ -27,6 +27,7 @@ ALL: dict[str, Algorithm] = {
     "fedopt": FedOpt(personal=BATCHNORM),
     "scaffold": Scaffold(personal=BATCHNORM),
     "diloco": DiLoCo(personal=BATCHNORM),
+    "streaming diloco": StreamingDiLoCo(personal=BATCHNORM),
     "fednova": FedNova(personal=BATCHNORM),
     "feddyn": FedDyn(personal=BATCHNORM),
     "qfedavg": QFedAvg(personal=BATCHNORM),

@@ -35,7 +35,7 @@ def test_one_round_by_hand() -> None:
 NUMBER, POSITIVE = st.floats(-10, 10), st.floats(0.01, 10)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.tuples(NUMBER, NUMBER, POSITIVE), min_size=1, max_size=6), st.floats(0, 5), st.floats(0.01, 2))
 def test_a_round_is_the_papers_formula(sites: list[tuple[float, float, float]], q: float, lr: float) -> None:
     works = {f"s{i}": returns([y0, y1], F, lr) for i, (y0, y1, F) in enumerate(sites)}

@@ -95,7 +95,7 @@ def test_clipping_by_hand() -> None:
     assert reduce(clip, [[3.0, 4.0], [0.3, 0.4]], transfer="delta") == pytest.approx([0.45, 0.6])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(GRID)
 def test_medians_and_trimmed_means_are_numpys(points: Points) -> None:
     np.testing.assert_allclose(reduce("median", points), np.median(points, axis=0))
@@ -103,13 +103,13 @@ def test_medians_and_trimmed_means_are_numpys(points: Points) -> None:
     np.testing.assert_allclose(reduce({"kind": "trimmed_mean", "byzantine": 2}, points), trimmed)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(GRID, st.integers(0, 2))
 def test_krum_is_its_definition(points: Points, f: int) -> None:
     assert reduce({"kind": "krum", "byzantine": f}, points).tolist() == list(points[krum(points, f)])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(GRID)
 def test_bulyan_is_its_definition(points: Points) -> None:
     left, picked = list(points), []
@@ -125,7 +125,7 @@ def test_bulyan_is_its_definition(points: Points) -> None:
     np.testing.assert_allclose(reduce({"kind": "bulyan", "byzantine": 1}, points), expected, atol=1e-12)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(GRID)
 def test_no_point_near_a_geometric_median_is_better(points: Points) -> None:
     def total(z: np.ndarray) -> float:

@@ -127,7 +127,7 @@ def test_stopped_run_is_resumed(project: Project, monkeypatch: pytest.MonkeyPatc
     project.recipe(rounds=10_000)
     process = start_until_round_0(project, "--home", "here", "--json")
     process.send_signal(signal.SIGINT)
-    stopped = Result(process.wait(), *process.communicate())
+    stopped = ended(process)
     assert stopped.code == 1
     assert stopped.json["status"] == "aborted"
     assert "`fedflow resume points-1 --home here` goes on" in stopped.problem
@@ -143,7 +143,7 @@ def test_sigterm_stops_the_run_too(project: Project) -> None:
     project.recipe(rounds=10_000)
     process = start_until_round_0(project)
     process.terminate()
-    stopped = Result(process.wait(), *process.communicate())
+    stopped = ended(process)
     assert (stopped.code, "stopping the run" in stopped.out) == (1, True)
     assert project.call("runs", "ls", "--json").json["runs"][0]["status"] != "running"
 
@@ -159,6 +159,12 @@ def test_abort_from_elsewhere(project: Project) -> None:
     assert process.returncode == 1
     again = project.call("abort", "points-1")
     assert (again.code, again.out.startswith("points-1 is not running")) == (0, True)
+
+
+def ended(process: subprocess.Popen[str]) -> Result:
+    """What it gave, read while it ends."""
+    out, err = process.communicate()
+    return Result(process.returncode, out, err)
 
 
 def start_until_round_0(project: Project, *options: str) -> subprocess.Popen[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -77,6 +78,13 @@ def test_a_child_begins_the_run_that_this_process_would(tmp_path: Path) -> None:
         start_in_child(store.url, {}, "run", recipe(seed=6), list(SITES), timeout=WARM)
     with pytest.raises(ResolveError, match="model: found 'tests.builders:Nothing'"):
         start_in_child(store.url, {}, "other", recipe(model="tests.builders:Nothing"), list(SITES), timeout=WARM)
+
+
+def test_what_a_child_says_is_said_here(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    journal, _ = closed(tmp_path, rounds=1, algorithm={"kind": "diloco"})
+    with caplog.at_level(logging.INFO, logger="fedflow"):
+        aggregate(journal)
+    assert "run run, round 0: outer step: nesterov, learning rate 0.7, momentum 0.9" in caplog.text
 
 
 def test_a_childs_error_comes_back_as_it_was(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "adam at the server": {"kind": "fedopt", "server_optimizer": {"kind": "adam", "bias_correction": True}},
     "scaffold": {"kind": "scaffold"},
     "diloco": {"kind": "diloco", "local_steps_per_round": 2},
+    "streaming diloco": {"kind": "streaming_diloco", "local_steps_per_round": 2},
     "fednova": {"kind": "fednova", "momentum": 0.9},
     "feddyn": {"kind": "feddyn", "alpha": 0.1},
     "qfedavg": {"kind": "qfedavg"},

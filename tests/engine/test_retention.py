@@ -40,7 +40,7 @@ def kept_models(journal: Journal, rounds: int) -> list[int]:
     return found
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(st.integers(1, 6), st.none() | st.integers(1, 4))
 def test_the_rounds_of_the_policy_are_kept_and_no_others(last: int, every: int | None) -> None:
     journal = run(recipe(rounds=5), f"memory://policy-{last}-{every}")

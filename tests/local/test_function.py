@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from fedflow.algorithm import LocalResult
 from fedflow.errors import ResolveError
@@ -16,9 +19,9 @@ from fedflow.local.data import DataView
 from fedflow.local.function import numbers
 from fedflow.local.state import Memory
 from fedflow.local.workload import check_workload
-from fedflow.memory import tidy
+from fedflow.memory import tidy_after
 from fedflow.recipe import LocalTraining, Numerics, Optimizer
-from tests.builders import Tiny, blobs
+from tests.builders import Tiny, blobs, head, recipe, run
 from tests.local.test_preserved import context, start
 
 LOADER = DataLoader(TensorDataset(*blobs(22, seed=1)), batch_size=4)
@@ -77,6 +80,8 @@ def test_other_data_is_handed_over_as_it_is() -> None:
     [
         ({"loss": 0.5, "hits": 3, "tensor": torch.tensor(2.0)}, {"loss": 0.5, "hits": 3.0, "tensor": 2.0}),
         ({"loss": 0.5, "history": [1, 2], "name": "x"}, {"loss": 0.5}),
+        ({"loss": 0.5, "best": np.array(["adam"])[0], "day": np.datetime64("2026-01-01")}, {"loss": 0.5}),
+        ({"loss": 0.5, "phase": torch.tensor(1j)}, {"loss": 0.5}),
         (None, {}),
         (Tiny(), {}),
         (0.5, {}),
@@ -133,6 +138,17 @@ def test_the_payload_holds_the_models_tensors_only() -> None:
     assert (found.params.keys(), found.buffers.keys()) == names
 
 
+def test_data_without_a_length_has_its_number_of_examples_from_the_site() -> None:
+    class Endless(IterableDataset[Any]):
+        def __iter__(self) -> Any:
+            return iter(blobs(4, seed=1))
+
+    data = DataLoader(Endless())
+    assert len(FunctionWorkload(lambda m, d, c: None, data, examples=7)) == 7
+    with pytest.raises(ResolveError, match="examples: found None, expected their number; give it"):
+        FunctionWorkload(lambda m, d, c: None, data)
+
+
 def test_an_exception_of_the_function_comes_with_its_traceback() -> None:
     def train(model: nn.Module, data: Any, config: Config) -> None:
         raise KeyError("my mistake")
@@ -149,6 +165,25 @@ def test_any_kind_of_workload_is_accepted() -> None:
         check_workload([0], "workload")
 
 
-def test_tidying_changes_nothing_that_anybody_sees() -> None:
-    tidy()
-    tidy()
+def test_every_second_round_is_tidied() -> None:
+    class Model:
+        pass
+
+    gc.disable()
+    try:
+        model = Model()
+        model.itself = model  # type: ignore[attr-defined]
+        left = weakref.ref(model)
+        del model
+        for round, every in ((0, 0), (1, 0), (2, 2)):
+            tidy_after(round, every)
+            assert left() is not None
+        tidy_after(3, 2)
+        assert left() is None
+    finally:
+        gc.enable()
+
+
+def test_the_manifest_says_how_much_memory_a_site_took() -> None:
+    contributors = head(run(recipe(rounds=1))).contributors
+    assert contributors and all(c.peak_rss >= 50 * 2**20 for c in contributors.values())  # torch alone takes more

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import random
@@ -15,12 +16,13 @@ import safetensors.torch
 import torch
 from torch import nn
 from torch.optim import lr_scheduler as schedulers
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset, WeightedRandomSampler
+from torch.utils.data import DataLoader, IterableDataset, Sampler, TensorDataset, WeightedRandomSampler
 
 from fedflow.algorithm import LocalResult
 from fedflow.errors import SiteError, TrainingInvalid
 from fedflow.local import Config, FunctionWorkload, LocalTrainer, Session, Setup, TensorWorkload, training_of
 from fedflow.local.data import DataView
+from fedflow.local.generators import generators
 from fedflow.local.state import Memory, TrainingState, decode, encode
 from fedflow.recipe import LocalTraining, Numerics, Optimizer
 from fedflow.types import Groups, RoundContext
@@ -131,6 +133,32 @@ LOADERS: dict[str, Callable[[], DataLoader[Any]]] = {
 }
 
 
+@pytest.mark.parametrize("persistent", [False, True])
+def test_workers_draw_as_the_plain_loaders_do(persistent: bool) -> None:
+    """Of a persistent worker that is so in its first epoch; then it is only another epoch's noise, and the same order."""
+
+    def drawn(wrap: Callable[[Any], Any]) -> Any:
+        torch.manual_seed(1)
+        data = wrap(DataLoader(Noise(INPUTS, TARGETS), 22, shuffle=True, num_workers=1, persistent_workers=persistent))
+        (noisy, order), (later, second) = [next(iter(data)) for _ in range(2)]
+        return noisy, order, second, later
+
+    found, expected = drawn(DataView), drawn(lambda loader: loader)
+    same = range(3 if persistent else 4)
+    assert all(torch.equal(found[n], expected[n]) for n in same)
+    assert len({float(noise.sum()) for noise in (found[0], found[3])}) == 2
+
+
+def test_workers_draw_anew_in_every_round() -> None:
+    def first(batch: int) -> torch.Tensor:
+        start = {"epoch": 0, "batch": batch, "length": 22, "start": {**states, "own": []}}
+        loader = DataLoader(Noise(torch.zeros(22, 4), TARGETS), 1, num_workers=1)
+        return next(iter(DataView(loader, place=start)))[0]  # type: ignore[no-any-return]
+
+    states = generators()
+    assert not torch.equal(first(0), first(1)) and torch.equal(first(1), first(1))
+
+
 @pytest.mark.parametrize("name", LOADERS)
 def test_twelve_rounds_of_five_steps_are_the_script_run_once_for_sixty(name: str) -> None:
     """Bitwise, against plain torch: the script never saw fedflow. A process a round: every round makes its loader anew."""
@@ -144,6 +172,14 @@ def test_twelve_rounds_of_five_steps_are_the_script_run_once_for_sixty(name: str
             return super().training(setup)
 
     assert same(rounds(Fresh(), steps=5, count=12), by_hand(LOADERS[name], 60))
+
+
+def test_what_is_drawn_between_epochs_that_are_left_over_belongs_to_no_step() -> None:
+    def twice(model: nn.Module, data: Any, config: Config) -> None:
+        train(model, data, config)  # draws after its loop
+        assert list(data) == []
+
+    assert same(rounds(FunctionWorkload(twice, shuffled()), steps=5, count=3), by_hand(shuffled, 15))
 
 
 def test_the_built_in_loop_goes_on_too() -> None:
@@ -193,13 +229,36 @@ class Endless(IterableDataset[Any]):
         return iter(zip(INPUTS, TARGETS, strict=True))
 
 
-def test_data_without_an_order_is_read_from_its_beginning_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+class Forever(Sampler[int]):
+    def __iter__(self) -> Any:
+        return itertools.cycle(range(22))
+
+
+class Negative(DataLoader[Any]):
+    """It does something to its batches."""
+
+    def __iter__(self) -> Any:
+        return (tuple(-part for part in batch) for batch in super().__iter__())
+
+
+UNORDERED: dict[str, tuple[DataLoader[Any], int]] = {
+    "Endless": (DataLoader(Endless(), batch_size=4), 1),
+    "Forever": (DataLoader(TensorDataset(INPUTS, TARGETS), batch_size=4, sampler=Forever()), 1),
+    "Negative": (Negative(TensorDataset(INPUTS, TARGETS), batch_size=4), -1),
+}
+
+
+@pytest.mark.parametrize("name", UNORDERED)
+def test_data_without_an_order_is_read_from_its_beginning_with_a_warning(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    loader, sign = UNORDERED[name]
     with caplog.at_level(logging.WARNING, "fedflow"):
-        view = DataView(DataLoader(Endless(), batch_size=4), place={"epoch": 0, "batch": 3, "length": 6, "start": None})
-        assert torch.equal(next(iter(view))[0], INPUTS[:4])
-    assert "data: found 'Endless', expected a DataLoader over a dataset with indices" in caplog.text
-    with pytest.raises(TrainingInvalid, match="data: found 'Endless'"):
-        DataView(DataLoader(Endless()), strict=True)
+        view = DataView(loader, place={"epoch": 0, "batch": 3, "length": 6, "start": None})
+        assert torch.equal(next(iter(view))[0], sign * INPUTS[:4])
+    assert f"data: found '{name}', expected a DataLoader over a dataset with indices" in caplog.text
+    with pytest.raises(TrainingInvalid, match=f"data: found '{name}'"):
+        DataView(loader, strict=True)
 
 
 def test_data_of_another_size_is_read_from_its_beginning(caplog: pytest.LogCaptureFixture) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -14,9 +15,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fedflow.algorithm import Correction
+from fedflow.algorithm import Correction, Merge
 from fedflow.errors import OpeningClosed, SiteError
-from fedflow.local import Config, FunctionWorkload, ScriptWorkload, Setup, training_of
+from fedflow.local import Config, FunctionWorkload, ScriptWorkload, Setup, exchange, training_of
 from fedflow.local.state import Memory
 from fedflow.recipe import LocalTraining, Numerics
 from fedflow.types import Groups
@@ -56,9 +57,12 @@ def in_this_process(model: nn.Module, data: Any, config: Config) -> None:
         scheduler.step()
 
 
-def test_a_corrected_script_gives_what_the_corrected_function_gives(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_corrected_script_that_takes_something_in_gives_what_such_a_function_gives(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     offset = {name: torch.full_like(p, 0.1).detach() for name, p in start()["params"].items()}
     correction = Correction(offset=offset, proximal=0.2)
+    merge = Merge(offset, after=3, keep=0.75)
     data = DataLoader(TensorDataset(*blobs(22, seed=1)), batch_size=4)
     seen: list[Any] = []
     with caplog.at_level(logging.INFO, "fedflow"):
@@ -66,10 +70,11 @@ def test_a_corrected_script_gives_what_the_corrected_function_gives(caplog: pyte
             ScriptWorkload(["python", "-u", str(GOOD), "sgd"]),
             start(),
             correction=correction,
+            merge=merge,
             steps=8,
             on_step=lambda done, planned: seen.append((done, planned)),
         )
-    expected = trained(FunctionWorkload(in_this_process, data), start(), correction=correction, steps=8)
+    expected = trained(FunctionWorkload(in_this_process, data), start(), correction=correction, merge=merge, steps=8)
     for name, tensor in expected.params.items():
         torch.testing.assert_close(found.params[name], tensor, rtol=0, atol=0)
     assert (found.steps, found.lr_sum, found.examples) == (8, expected.lr_sum, 22)
@@ -258,9 +263,49 @@ def test_output_that_does_not_count(text: str, says: str, tmp_path: Path) -> Non
     assert memory.after is None
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"examples": "many"},
+        {"examples": -5},
+        {"examples": 1.5},
+        {"steps": 0},
+        {"steps": True},
+        {"lr_sum": float("nan")},
+        {"lr_sum": None},
+        {"metrics": {"loss": "small"}},
+        {"metrics": None},
+        {"state": 5},
+        {"processes": 0},
+        {"more": 1},
+    ],
+    ids=str,
+)
+def test_a_result_that_is_none(wrong: dict[str, Any], tmp_path: Path) -> None:
+    whole = {"examples": 3, "steps": 1, "lr_sum": 0.1, "metrics": {"loss": float("nan")}, "state": None, "processes": 1}
+    (tmp_path / "result.json").write_text(json.dumps(whole))
+    assert exchange.read_result(tmp_path).examples == 3
+    (tmp_path / "result.json").write_text(json.dumps({**whole, **wrong}))
+    with pytest.raises(SiteError, match="result.json: "):
+        exchange.read_result(tmp_path)
+
+
 def test_a_command_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(SiteError, match="exit code 127; the end of its output:\ncannot start 'no-such-program'"):
         trained(ScriptWorkload("no-such-program x"), start())
+
+
+def test_a_script_may_say_how_many_examples_its_data_has(tmp_path: Path) -> None:
+    """Data without a length is no reason to stop; only `send` needs their number."""
+    text = HEAD + "list(client.data(x for x in range(3)))\nstep(model)\nclient.send(examples=3)\n"
+    assert trained(script(text, tmp_path), start()).examples == 3
+
+
+def test_a_script_that_asks_for_a_next_batch_in_vain_sends_what_it_has(tmp_path: Path) -> None:
+    text = HEAD + "batches = iter(client.data([torch.ones(2, 4)] * 2))\n"
+    text += "optimizer = torch.optim.SGD(model.parameters(), lr=0.1)\nwhile True:\n"
+    text += "    optimizer.zero_grad(); model(next(batches)).sum().backward(); optimizer.step()\n"
+    assert trained(script(text, tmp_path), start(), steps=3).steps == 3
 
 
 def test_a_script_that_goes_on_after_its_steps_sends_what_it_has(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import threading
@@ -168,6 +169,28 @@ def test_a_step_that_the_scaler_skips_is_no_step(fused: bool) -> None:
     assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
 
 
+def test_a_step_around_the_parents_step_is_one() -> None:
+    """torch has hooks on both, once it has seen an optimizer of the parent's class."""
+
+    class Noted(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+            return super().step(closure)
+
+    torch.optim.SGD(small().parameters(), lr=0.1)
+    model, expected = small(), small()
+    correction = Correction(offset=offset_for(model, 1))
+    with Session(model, correction=correction, steps=5) as session:
+        optimizer = Noted(model.parameters(), lr=0.1)
+        for n, (inputs, targets) in enumerate(loader()):
+            optimizer.param_groups[0]["lr"] = 0.1 * 0.5 ** (n // 3)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(inputs), targets).backward()
+            optimizer.step()
+    assert (session.done, session.lr_sum) == (5, pytest.approx(reference(expected, loader(), correction)[1]))
+    for p, q in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
+
+
 def test_threads_do_not_see_each_other() -> None:
     """Eight sites at once, each with its own correction, each beside an unrelated optimizer: bitwise as one by one."""
 
@@ -239,6 +262,64 @@ def test_code_that_reads_its_data_elsewhere_is_stopped_before_the_next_step(capl
     assert "the training went on after its 3 steps" in caplog.text
     with pytest.raises(TrainingInvalid, match="went on after its 3 steps"), Session(small(), steps=3, strict=True) as s:
         train(s.model, loader(), {})
+
+
+def cycling(data: Any) -> Iterator[Any]:
+    def cycle() -> Iterator[Any]:
+        while True:
+            yield from data
+
+    batches = cycle()
+    for _ in range(20):
+        yield next(batches)
+
+
+def counting(data: Any) -> Iterator[Any]:
+    done = 0
+    while done < 20:
+        for batch in data:
+            yield batch
+            done += 1
+
+
+class Restarting:
+    """The next batch, from the beginning where there is none."""
+
+    def __init__(self, data: Any) -> None:
+        self.data, self.batches = data, iter(data)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        try:
+            return next(self.batches)
+        except StopIteration:
+            self.batches = iter(self.data)
+            return next(self.batches)
+
+
+@pytest.mark.parametrize("loop", [cycling, counting])
+def test_a_loop_without_end_is_stopped(loop: Callable[[Any], Any], caplog: pytest.LogCaptureFixture) -> None:
+    """Data that has ended gives nothing, however often it is asked: without being stopped these would spin for ever."""
+    with caplog.at_level(logging.WARNING, "fedflow"), Session(small(), steps=7) as session:
+        train(session.model, loop(session.data(loader())), {})
+    assert session.done == 7 and "the training went on after its 7 steps and was stopped" in caplog.text
+
+
+def test_code_that_asks_for_a_next_batch_in_vain_is_stopped(caplog: pytest.LogCaptureFixture) -> None:
+    def code(model: nn.Module, data: Any) -> None:
+        optimizer, batches = torch.optim.SGD(model.parameters(), lr=0.1), Restarting(data)
+        for _ in range(20):
+            optimizer.zero_grad()
+            model(next(batches)[0]).sum().backward()
+            optimizer.step()
+
+    with caplog.at_level(logging.WARNING, "fedflow"), Session(small(), steps=7) as session:
+        code(session.model, session.data(loader()))
+    assert session.done == 7 and "the training went on after its 7 steps and was stopped" in caplog.text
+    with pytest.raises(StopIteration), Session(small()) as session:
+        code(session.model, iter([]))
 
 
 def test_code_that_stops_too_early_is_an_error() -> None:
@@ -361,6 +442,15 @@ def test_code_that_cannot_take_part_is_told_why(code: Callable[..., Any], correc
         Session(small(), correction=correction, place=place) as session,
     ):
         code(session.model)
+
+
+def test_code_that_goes_on_after_being_told_cannot_take_part() -> None:
+    def going_on(model: nn.Module) -> None:
+        with contextlib.suppress(Exception):
+            two_optimizers(model)
+
+    with pytest.raises(TrainingInvalid, match="optimizer: found 'SGD and SGD'"), Session(small()) as session:
+        going_on(session.model)
 
 
 def test_a_model_is_in_one_session_at_a_time() -> None:

@@ -134,12 +134,13 @@ def test_lightning(killed: bool, alone: None, tmp_path: Path) -> None:
     same_bits(run(recipe(**given), store, sites=SITE), once_by_lightning(60))
 
 
-def test_a_script(alone: None, tmp_path: Path) -> None:
-    """Three rounds, as each starts a process; whoever started it is killed in round 1 while it trains."""
-    given, store = fields("script", 3), str(tmp_path / "store")
-    fault = fail_at("training", round=1, token=tmp_path / "struck")
+@pytest.mark.parametrize(("rounds", "killed"), [(3, 1), pytest.param(12, 6, marks=pytest.mark.faults)])
+def test_a_script(rounds: int, killed: int, alone: None, tmp_path: Path) -> None:
+    """Each round starts a process; whoever started it is killed in one of them while it trains."""
+    given, store = fields("script", rounds), str(tmp_path / "store")
+    fault = fail_at("training", round=killed, token=tmp_path / "struck")
     assert in_child(run_with, fault, given, store, {"sites": SITE}) == -signal.SIGKILL and fault.struck
-    same_bits(run(recipe(**given), store, sites=SITE), once(15))
+    same_bits(run(recipe(**given), store, sites=SITE), once(H * rounds))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

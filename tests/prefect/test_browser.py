@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.sorting import ArtifactSort
 
 from fedflow.environments.base import Run
 from fedflow.prefect.api import connect, find_runs
@@ -59,7 +61,7 @@ def picture(page: Page, name: str) -> None:
 
 
 def test_a_run_its_rounds_and_its_artifacts_can_be_read(poc: Poc, page: Page) -> None:
-    run = poc.execute(builders.recipe(), "looked-at")
+    run = poc.execute(builders.recipe(key_metric={"name": "loss", "mode": "min"}), "looked-at")
     run.result(MINUTES)
     page.goto(str(run.backend.ui()))
     expect(page.get_by_text("looked-at").first).to_be_visible(timeout=PATIENCE)
@@ -74,12 +76,19 @@ def test_a_run_its_rounds_and_its_artifacts_can_be_read(poc: Poc, page: Page) ->
     expect(page.get_by_text("looked-at · round 001").first).to_be_visible(timeout=PATIENCE)
     expect(page.get_by_text("committed blake3").first).to_be_visible(timeout=PATIENCE)
     picture(page, "round")
-    page.goto(f"{base}/artifacts/key/looked-at-round")
-    expect(page.get_by_text("looked-at-round").first).to_be_visible(timeout=PATIENCE)
-    picture(page, "round-artifact")
-    page.goto(f"{base}/artifacts/key/looked-at-report")
-    expect(page.get_by_text("looked-at-report").first).to_be_visible(timeout=PATIENCE)
-    picture(page, "report-artifact")
+    for key, shown in (("looked-at-round", "site-1"), ("looked-at-report", "Best loss")):
+        page.goto(f"{base}/artifacts/artifact/{artifact(poc, key)}")
+        expect(page.get_by_text(shown).first).to_be_visible(timeout=PATIENCE)
+        picture(page, key)
+
+
+def artifact(poc: Poc, key: str) -> str:
+    """The id of the newest artifact of that key."""
+    with connect(poc.env.api_url) as client:
+        found = client.read_artifacts(
+            artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=[key])), sort=ArtifactSort.CREATED_DESC
+        )
+    return str(found[0].id)
 
 
 def form_field(page: Page, ui: str, label: str) -> Locator:

@@ -22,6 +22,8 @@ from fedflow.store.objects import ObjectStore
 from tests import builders
 from tests.prefect.test_kills import MINUTES
 
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -77,7 +77,7 @@ def test_its_digest_is_blake3_of_its_canonical_json(record: Any) -> None:
 
 
 @pytest.mark.parametrize("record", ALL, ids=lambda r: type(r).__name__)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_no_byte_of_a_record_can_change_unseen(record: Any, data: st.DataObject) -> None:
     good = record.to_bytes()
@@ -87,7 +87,7 @@ def test_no_byte_of_a_record_can_change_unseen(record: Any, data: st.DataObject)
             type(record).from_bytes(good[:at] + bytes([byte]) + good[at + 1 :])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.binary(max_size=200) | st.text(max_size=50).map(str.encode))
 def test_any_other_bytes_are_a_value_error(data: bytes) -> None:
     with pytest.raises(ValueError):

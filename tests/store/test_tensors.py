@@ -66,14 +66,14 @@ def any_tensors(draw: st.DrawFn) -> dict[str, Tensor]:
     return found
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(any_tensors())
 def test_every_byte_is_the_reference_librarys(given: dict[str, Tensor]) -> None:
     store = ObjectStore("memory://bytes")
     assert store.get(write_tensors(store, "objects", given).key) == safetensors.torch.save(given)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(any_tensors(), st.data())
 def test_parts_in_any_order_are_those_of_the_whole(given: dict[str, Tensor], data: st.DataObject) -> None:
     """Rows of tensors, forwards and backwards, in chunks of 64 bytes."""
@@ -130,7 +130,7 @@ def test_equal_tensors_are_one_object_in_any_order_and_layout(store: ObjectStore
     assert store.list() == [first.key]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.sets(st.sampled_from([*tensors_of_all_kinds(), "unknown"])))
 def test_a_part_of_the_names_is_read_without_the_rest(names: set[str]) -> None:
     """With chunks of 64 bytes, so that parts lie in other chunks: what is not asked for may be damaged."""
@@ -198,7 +198,7 @@ def test_a_reference_that_does_not_match_its_object_is_named(store: ObjectStore)
         read_tensors(store, other)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data())
 def test_a_file_that_was_tampered_with_is_refused_or_is_as_large_as_it_says(data: st.DataObject) -> None:
     """What a header claims takes no memory beyond the file's own size."""

@@ -8,7 +8,7 @@ for byte what `safetensors.torch.save` makes; it is written and read a tensor, o
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import pairwise
 from math import prod
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fedflow.errors import FedflowError, ObjectCorrupt
 from fedflow.store.backends import Data
-from fedflow.store.objects import ObjectRef, ObjectStore
+from fedflow.store.objects import CHUNK_SIZE, ObjectRef, ObjectStore
 from fedflow.store.reading import Reader
 from fedflow.tensors import raw_bytes
 from fedflow.types import Tensors, TensorSpec, spec_of
@@ -164,10 +164,24 @@ def read_tensors(store: ObjectStore, ref: ObjectRef, names: Iterable[str] | None
 
     Every byte of them is verified. Raises ObjectCorrupt where the object is not what `ref` says or not safetensors.
     """
-    reader = TensorReader(store, ref)
-    found = reader.read(dict.fromkeys(reader.spec if names is None else names))
-    reader.finish()
+    if ref.size <= CHUNK_SIZE and not ref.chunks:
+        found = _read_small(store, ref, names)
+    else:
+        reader = TensorReader(store, ref)
+        found = reader.read(dict.fromkeys(reader.spec if names is None else names))
+        reader.finish()
     return {name: found[name] for name in sorted(found)}
+
+
+def _read_small(store: ObjectStore, ref: ObjectRef, names: Iterable[str] | None) -> dict[str, Tensor]:
+    """The same of an object of one chunk, read at once: else it would be read for the header, and again for the rest."""
+    whole = memoryview(store.read(ref))
+    entries = _header_of(ref, lambda start, end: bytes(whole[start:end]))
+    wanted = entries.keys() if names is None else entries.keys() & set(names)
+    found = {name: torch.empty(entries[name].spec.shape, dtype=entries[name].spec.dtype) for name in wanted}
+    for name, tensor in found.items():
+        raw_bytes(tensor)[:] = whole[entries[name].start : entries[name].end]
+    return found
 
 
 class StoredTensors(Mapping[str, Tensor]):
@@ -219,18 +233,22 @@ def read_spec(store: ObjectStore, ref: ObjectRef) -> dict[str, TensorSpec]:
 
 
 def _read_header(store: ObjectStore, ref: ObjectRef) -> dict[str, _Entry]:
+    return _header_of(ref, lambda start, end: store.read(ref, start, end))
+
+
+def _header_of(ref: ObjectRef, read: Callable[[int, int], bytes]) -> dict[str, _Entry]:
     """What the header says, in the order of the file; believed only as far as the file's size allows it."""
     if ref.size < 8:
         raise ObjectCorrupt(f"{ref.key}: found {ref.size} bytes, expected a safetensors file of at least 8")
     first = min(ref.size, max(8, min(ref.chunk_size, _MOST_HEADERS)))
-    begin = store.read(ref, 0, first)  # one read where it can be: each reads and hashes a chunk
+    begin = read(0, first)  # one read where it can be: each reads and hashes a chunk
     length = int.from_bytes(begin[:8], "little")
     if length > min(_MAX_HEADER, ref.size - 8):
         raise ObjectCorrupt(
             f"{ref.key}: found a header of {length} bytes, expected at most {min(_MAX_HEADER, ref.size - 8)}"
         )
     try:
-        entries = json.loads(begin[8 : 8 + length] if 8 + length <= len(begin) else store.read(ref, 8, 8 + length))
+        entries = json.loads(begin[8 : 8 + length] if 8 + length <= len(begin) else read(8, 8 + length))
         found = {name: _entry(entry, 8 + length) for name, entry in entries.items() if name != _METADATA}
         ordered = dict(sorted(found.items(), key=lambda item: item[1][1:]))
         _check_gapless(list(ordered.values()), 8 + length, ref.size)

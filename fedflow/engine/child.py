@@ -7,7 +7,9 @@ import json
 import logging
 import multiprocessing
 import os
+import select
 import signal
+import threading
 import traceback
 from collections.abc import Callable
 from multiprocessing import forkserver
@@ -111,6 +113,7 @@ def _error(name: str, answer: dict[str, Any]) -> FedflowError:
 
 def _serve(name: str, args: str, answer: Connection) -> None:
     os.setsid()
+    threading.Thread(target=_end_with_the_caller, args=(answer.fileno(),), daemon=True).start()
     said: dict[str, Any] = {"log": _kept_log()}
     try:
         _CALLS[name](*json.loads(args))
@@ -123,6 +126,14 @@ def _serve(name: str, args: str, answer: Connection) -> None:
     except Exception:
         said |= {"error": "RoundError", "text": f"{name} failed:\n{traceback.format_exc()}"}
     answer.send_bytes(json.dumps(said).encode())
+
+
+def _end_with_the_caller(answer: int) -> None:
+    """Kill this process and what it started once nobody can read its answer any more: its caller was killed."""
+    closed = select.poll()
+    closed.register(answer, 0)  # an error is told without being asked for
+    closed.poll()
+    os.killpg(0, signal.SIGKILL)
 
 
 def _kept_log() -> list[tuple[int, str]]:

@@ -92,11 +92,10 @@ def _import(path: str, field: str) -> Any:
 
 
 def _module(name: str) -> ModuleType:
+    """The module; asked for twice where CPython 3.11's parser stumbles over two threads that parse (python/cpython#106905)."""
     try:
         return importlib.import_module(name)
-    except (
-        SystemError
-    ):  # CPython 3.11's parser where two threads parse at once (python/cpython#106905): not the module's
+    except SystemError:
         return importlib.import_module(name)
 
 

@@ -18,13 +18,12 @@ from fedflow.store.records import Contribution, ContributorSummary, Plan, Update
 from fedflow.store.state import read_state
 from fedflow.store.tensors import read_spec, read_tensors
 from fedflow.tensors import cast, non_finite
-from fedflow.types import Groups, SiteId, Spec, TensorSpec, Update
+from fedflow.types import MODEL_GROUPS, Groups, SiteId, Spec, TensorSpec, Update
 
 __all__ = ["Checks", "Contributor", "as_update"]
 
 MOST_MANIFEST = 16 << 20  # bytes; the digests of an object of 1 TiB take 5 MiB
 MOST_METRICS = 1000
-POSITIONS = ("params", "frozen", "buffers")  # the model's groups
 LONGEST_NAME = 200  # characters of a metric's or a scalar's name
 
 
@@ -194,7 +193,7 @@ class Contributor:
         moved = {}
         for group, tensors in groups.items():
             moved[group] = dict(tensors)
-            if group in POSITIONS and group in base.broadcast:
+            if group in MODEL_GROUPS and group in base.broadcast:
                 then = read_tensors(self.journal.store, base.broadcast[group], names)
                 now = read_tensors(self.journal.store, self.plan.broadcast[group], names)
                 for name, y in tensors.items():

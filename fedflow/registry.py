@@ -73,7 +73,7 @@ def _check_allowed(module: str, name: str, field: str, allowed: Iterable[str] | 
 def _import(path: str, field: str) -> Any:
     module_name, _, attribute = path.partition(":")
     try:
-        found: Any = importlib.import_module(module_name)
+        found: Any = _module(module_name)
     except ModuleNotFoundError as error:
         fix = f"install the package that has {error.name!r}, or put it on the Python path"
         raise ResolveError(field_error(field, path, "an importable module", fix)) from error
@@ -89,6 +89,14 @@ def _import(path: str, field: str) -> Any:
                 field_error(field, path, "a class or a function", f"{part} is a module: name it before the colon")
             )
     return found
+
+
+def _module(name: str) -> ModuleType:
+    """The module; asked for twice where CPython 3.11's parser stumbles over two threads that parse (python/cpython#106905)."""
+    try:
+        return importlib.import_module(name)
+    except SystemError:
+        return importlib.import_module(name)
 
 
 def call(found: Any, args: Mapping[str, Any], *, field: str, **given: Any) -> Any:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "MODEL_GROUPS",
     "Aggregate",
     "FederationView",
     "Groups",
@@ -39,6 +40,8 @@ Tensors = Mapping[str, Tensor]
 """Parameter name -> tensor."""
 Groups = Mapping[str, Tensors]
 """Group name ("params", "frozen", "buffers", "delta", "control", ...) -> tensors. Never merged by name prefix."""
+MODEL_GROUPS = ("params", "frozen", "buffers")
+"""The groups that are the model."""
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,6 @@ hypothesis.settings.register_profile(  # no test depends on how fast the machine
 )
 hypothesis.settings.load_profile("fedflow")
 
-LONGEST = ("test_readme.py", "test_runs.py", "test_wheel.py", "test_run.py", "test_digits.py")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first, so that two processes end at about the same time."""
-    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
-
 
 def pytest_configure(config: pytest.Config) -> None:
     """Keep Prefect away from the developer's own profile, server and home, and from the network.

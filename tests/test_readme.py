@@ -13,6 +13,8 @@ import yaml
 
 from fedflow.recipe import Recipe
 
+pytestmark = pytest.mark.timeout(1800)
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 

@@ -150,3 +150,18 @@ def test_what_an_allowed_module_has_imported_is_not_allowed_with_it() -> None:
 def test_python_s_own_library_is_no_model(path: str) -> None:
     with pytest.raises(ResolveError, match=r"model: found .* expected code of an installed package"):
         resolve("models", path, field="model")
+
+
+def test_a_module_is_asked_for_again_where_the_interpreter_stumbles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "stumbling.py").write_text(
+        "from pathlib import Path\n"
+        "tried = Path(__file__).with_name('tried')\n"
+        "if not tried.exists():\n"
+        "    tried.touch()\n"
+        "    raise SystemError('AST constructor recursion depth mismatch (before=102, after=72)')\n"
+        "def work(): ...\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert resolve("workloads", "stumbling:work", field="workload").__name__ == "work"

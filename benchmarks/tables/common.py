@@ -5,12 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import multiprocessing.connection
 import os
 import statistics
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -20,7 +18,7 @@ from typing import Any
 
 import torch
 
-from fedflow.engine import simulate
+from fedflow.engine.simulate import die_with_parent, simulate
 from fedflow.recipe import Recipe
 from fedflow.store.journal import Journal
 from fedflow.types import canonical_json
@@ -148,14 +146,7 @@ def _made(runs: Sequence[Run], workers: int) -> Iterator[tuple[Run, Result]]:
 def _begin() -> None:
     """A worker has one thread, and ends when the process that started it does, killed or not."""
     torch.set_num_threads(1)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def wait() -> None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
+    die_with_parent()
 
 
 def _run(run: Run) -> Result:

@@ -19,7 +19,18 @@ from fedflow.algorithm import Algorithm, LocalResult, NoState, Training, weighte
 from fedflow.algorithms.robust import AnyReduction, Mean, figures, reduced
 from fedflow.errors import RecipeError, field_error
 from fedflow.tensors import cast, interpolate
-from fedflow.types import Aggregate, Groups, RoundContext, SiteId, Spec, Tensors, TensorSpec, Update, spec_of
+from fedflow.types import (
+    MODEL_GROUPS,
+    Aggregate,
+    Groups,
+    RoundContext,
+    SiteId,
+    Spec,
+    Tensors,
+    TensorSpec,
+    Update,
+    spec_of,
+)
 
 __all__ = [
     "Averaging",
@@ -205,7 +216,7 @@ class WeightedAveraging(Averaging):
 
 def model_groups(broadcast: Groups) -> Groups:
     """The model in what a site was sent."""
-    return {group: broadcast[group] for group in ("params", "frozen", "buffers")}
+    return {group: broadcast[group] for group in MODEL_GROUPS}
 
 
 def wire(dtype: torch.dtype) -> torch.dtype:

@@ -20,7 +20,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from fedflow.algorithm import SMALL, Merge, Training
+from fedflow.algorithm import NO_MERGE, SMALL, Merge, Training
 from fedflow.algorithms.diloco import DiLoCo, DiLoCoState
 from fedflow.errors import RecipeError, field_error
 from fedflow.types import Aggregate, Groups, RoundContext, Spec, Tensors, Update
@@ -74,10 +74,11 @@ class StreamingDiLoCo(DiLoCo):
 
     def objections(self, training: Any) -> list[str]:
         H = self.local_steps_per_round or training.steps
-        late = (
-            [] if H is None or self.tau < H else [f"algorithm.tau: found {self.tau}, expected less than the {H} steps"]
-        )
-        return super().objections(training) + [f"{why} of a round; lower it, or take more steps" for why in late]
+        found = super().objections(training)
+        if H is not None and self.tau >= H:
+            expected = f"less than the {H} steps of a round"
+            found.append(field_error("algorithm.tau", self.tau, expected, "lower it, or take more steps"))
+        return found
 
     # -- server
     def init(self, model: Groups) -> StreamingState:
@@ -132,7 +133,7 @@ class StreamingDiLoCo(DiLoCo):
         x, live = {**site.received, **arrived}, dict(site.live)
         merge = Merge(arrived, after=self.tau, keep=self.alpha if site.round == last else 0.0)
         if site.round < last or self.tau == 0:
-            live, merge = merge.into(live), Merge()
+            live, merge = merge.into(live), NO_MERGE
         model = {"params": live, "frozen": broadcast["frozen"], "buffers": broadcast["buffers"]}
         local = work.train(
             self.start(model, site),
@@ -141,9 +142,7 @@ class StreamingDiLoCo(DiLoCo):
             preserve=self.preserve_optimizer_state,
             merge=merge,
         )
-        sent = self.payload(
-            {"params": x}, local
-        )  # differences are from what was received, not from where the round began
+        sent = self.payload({"params": x}, local)  # differences are from what was received, not from the round's start
         due = {g: self._due(g, tensors, site.fragment, ctx.round) for g, tensors in sent.items()}
         kept = StreamingSite(local.params, x, site.fragment, self.own(local.groups), ctx.round)
         return local.update(ctx, due), kept

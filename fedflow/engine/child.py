@@ -7,7 +7,9 @@ import json
 import logging
 import multiprocessing
 import os
+import select
 import signal
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing import forkserver
@@ -17,6 +19,7 @@ from typing import Any
 
 from fedflow import errors
 from fedflow.engine.aggregation import evaluate_round
+from fedflow.engine.logs import passed_on
 from fedflow.engine.rounds import commit_round, start_run
 from fedflow.errors import FedflowError, RoundError
 from fedflow.memory import keep_freed
@@ -134,9 +137,12 @@ def _error(name: str, answer: dict[str, Any]) -> FedflowError:
 
 def _serve(name: str, args: str, answer: Connection) -> None:
     os.setsid()
-    said: dict[str, Any] = {"log": _kept_log()}
+    threading.Thread(target=_end_with_the_caller, args=(answer.fileno(),), daemon=True).start()
+    kept: list[tuple[int, str]] = []
+    said: dict[str, Any] = {"log": kept}  # for the caller to say again
     try:
-        _CALLS[name](*json.loads(args))
+        with passed_on(lambda level, text: kept.append((level, text))):
+            _CALLS[name](*json.loads(args))
     except FedflowError as error:
         said |= {
             "error": type(error).__name__,
@@ -148,11 +154,9 @@ def _serve(name: str, args: str, answer: Connection) -> None:
     answer.send_bytes(json.dumps(said).encode())
 
 
-def _kept_log() -> list[tuple[int, str]]:
-    """(level, text) of all that fedflow says from now on in this process, for its parent to say again."""
-    kept: list[tuple[int, str]] = []
-    log, handler = logging.getLogger("fedflow"), logging.Handler()
-    handler.emit = lambda record: kept.append((record.levelno, record.getMessage()))  # type: ignore[method-assign]
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    return kept
+def _end_with_the_caller(answer: int) -> None:
+    """Kill this process and what it started once nobody can read its answer any more: its caller was killed."""
+    closed = select.poll()
+    closed.register(answer, 0)  # an error is told without being asked for
+    closed.poll()
+    os.killpg(0, signal.SIGKILL)

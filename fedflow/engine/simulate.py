@@ -25,7 +25,7 @@ from fedflow.store.objects import ObjectStore
 from fedflow.store.records import Manifest, Opening, Plan
 from fedflow.types import SiteId
 
-__all__ = ["simulate"]
+__all__ = ["die_with_parent", "simulate"]
 
 SiteStep = Callable[[Plan, Opening, SiteId], "str | None"]
 
@@ -123,10 +123,10 @@ def _pool(workers: int) -> ProcessPoolExecutor:
     context.set_forkserver_preload(
         ["fedflow.engine", "torch._dynamo"]
     )  # the latter: what a first optimizer step imports
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=_die_with_parent)
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=die_with_parent)
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """A worker waits for work on a pipe that its like hold open: it would outlive a parent that was killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None

@@ -18,13 +18,12 @@ from fedflow.store.records import Contribution, ContributorSummary, Plan, Update
 from fedflow.store.state import read_outline
 from fedflow.store.tensors import Part, TensorReader, file_order, read_spec
 from fedflow.tensors import cast, non_finite
-from fedflow.types import Groups, SiteId, Spec, TensorSpec, Update
+from fedflow.types import MODEL_GROUPS, Groups, SiteId, Spec, TensorSpec, Update
 
 __all__ = ["Checks", "Contributor", "as_update"]
 
 MOST_MANIFEST = 16 << 20  # bytes; the digests of an object of 1 TiB take 5 MiB
 MOST_METRICS = 1000
-POSITIONS = ("params", "frozen", "buffers")  # the model's groups
 LONGEST_NAME = 200  # characters of a metric's or a scalar's name
 
 
@@ -219,7 +218,7 @@ class Contributor:
         base = self.journal.plan(self.contribution.base_round, self.plan.phase)
         assert base is not None
         store, then, now = self.journal.store, base.broadcast, self.plan.broadcast
-        both = [group for group in POSITIONS if group in self.manifest.groups and group in then]
+        both = [group for group in MODEL_GROUPS if group in self.manifest.groups and group in then]
         return {group: (TensorReader(store, then[group]), TensorReader(store, now[group])) for group in both}
 
     def _rebased(self, groups: Groups, part: Part) -> dict[str, dict[str, Tensor]]:

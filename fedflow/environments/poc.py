@@ -229,7 +229,7 @@ class PocEnv(ProdEnv):
         handle = self.attach(run_id)
         if not self.server.ours and handle.backend.alive():
             return handle  # another process holds it
-        self.start(None)
+        self.start(handle.journal.recipe())
         return super().resume(run_id)
 
     def attach(self, run_id: str) -> Run:
@@ -241,7 +241,7 @@ class PocEnv(ProdEnv):
         self.server.start()
         self.api_url = self.server.url
 
-    def start(self, recipe: Recipe | None) -> None:
+    def start(self, recipe: Recipe) -> None:
         """Server, deployments, one worker a site and the coordinator's; nothing where they run already.
 
         Raises UserError where another process runs a federation in this home.
@@ -282,7 +282,7 @@ class PocEnv(ProdEnv):
         self.server.watch(process)
         self._workers.append(process)
 
-    def _site_config(self, name: str, recipe: Recipe | None) -> tuple[SiteConfig, Path]:
+    def _site_config(self, name: str, recipe: Recipe) -> tuple[SiteConfig, Path]:
         site = next(s for s in self.federation.sites if s.name == name)
         folder = self.home / "sites" / name
         folder.mkdir(parents=True, exist_ok=True)
@@ -293,9 +293,7 @@ class PocEnv(ProdEnv):
             store=self.federation.store,
             store_options=self.federation.store_options,
             state=ObjectStore(site.state or str(folder / "state")).url,
-            preload=sorted({r.path.partition(":")[0] for r in (recipe.workload, recipe.model) if ":" in r.path})
-            if recipe
-            else [],
+            preload=sorted({r.path.partition(":")[0] for r in (recipe.workload, recipe.model) if ":" in r.path}),
         )
         path = folder / "site.yaml"
         path.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_defaults=True), sort_keys=False))

@@ -12,13 +12,13 @@ from prefect.runtime import flow_run
 from prefect.tasks import Task, exponential_backoff
 
 from fedflow.engine.child import aggregate_in_child, evaluate_in_child
+from fedflow.engine.logs import passed_on
 from fedflow.engine.rounds import Step, next_step, open_round, survey
 from fedflow.engine.summary import summarize_round
 from fedflow.errors import QuorumLost, SiteError, StoreUnwritable, UserError
 from fedflow.prefect.api import absent_sites, connect
 from fedflow.prefect.artifacts import flat, publish_round, shown_if_possible
 from fedflow.prefect.dispatch import Collector, Watched, send
-from fedflow.prefect.logs import heard_by
 from fedflow.recipe import Federation
 from fedflow.store.journal import Journal
 from fedflow.store.objects import ObjectStore
@@ -166,7 +166,7 @@ def collect(journal: Journal, plan: Plan, opening: Opening, sites: dict[str, Wat
 def aggregate(journal: Journal, federation: Federation, plan: Plan, opening: Opening) -> None:
     """Reduce, step the server's state, commit: in a child process that the timeout kills."""
     timeout = journal.recipe().timeouts.round_deadline.total_seconds()
-    with heard_by(get_run_logger()):
+    with passed_on(get_run_logger().log):
         aggregate_in_child(
             journal.store.url,
             dict(federation.store_options),

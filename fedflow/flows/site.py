@@ -8,11 +8,11 @@ from prefect import flow, get_run_logger
 from prefect.client.schemas.objects import State
 from prefect.states import Cancelled, Completed
 
+from fedflow.engine.logs import passed_on
 from fedflow.engine.site import SiteWork, failure_of, hard_deadline, site_step
 from fedflow.errors import OpeningClosed, SiteError
 from fedflow.prefect.artifacts import flat
 from fedflow.prefect.dispatch import SITE_FLOW
-from fedflow.prefect.logs import heard_by
 from fedflow.recipe import SiteConfig
 from fedflow.store.journal import Journal
 from fedflow.store.objects import ObjectStore
@@ -39,7 +39,7 @@ def local_training(run: str, round: int, phase: str, opening: int, attempt: int,
             log.info("step %d%s", done, f" of {planned}" if planned else "")
 
     try:
-        with hard_deadline(work, config), heard_by(log):
+        with hard_deadline(work, config), passed_on(log.log):
             update = site_step(work, config, progress=progress)
     except OpeningClosed as error:
         return Cancelled(message=str(error))

@@ -21,10 +21,9 @@ from torch import Tensor
 from fedflow.algorithm import Correction, Merge
 from fedflow.errors import SiteError
 from fedflow.local.state import TrainingState
-from fedflow.types import Groups
+from fedflow.types import MODEL_GROUPS, Groups
 
 __all__ = [
-    "GROUPS",
     "VARIABLE",
     "Result",
     "Task",
@@ -37,7 +36,6 @@ __all__ = [
 
 VARIABLE = "FEDFLOW_TASK"
 """Where a script finds the folder of its task."""
-GROUPS = ("params", "frozen", "buffers")
 
 
 @dataclass(frozen=True)
@@ -117,7 +115,7 @@ def write_groups(folder: Path, groups: Groups) -> None:
         )
 
 
-def read_groups(folder: Path, names: tuple[str, ...] = GROUPS) -> dict[str, dict[str, Tensor]]:
+def read_groups(folder: Path, names: tuple[str, ...] = MODEL_GROUPS) -> dict[str, dict[str, Tensor]]:
     """Raises SiteError where a file is missing or not safetensors."""
     try:
         return {name: load_file(folder / f"{name}.safetensors") for name in names}

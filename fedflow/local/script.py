@@ -30,7 +30,7 @@ from fedflow.local.model import mismatches, model_groups
 from fedflow.local.state import TrainingState, join, split
 from fedflow.local.trainer import Request, Trainer, place_of
 from fedflow.local.workload import Setup
-from fedflow.types import Groups, RoundContext
+from fedflow.types import MODEL_GROUPS, Groups, RoundContext
 
 __all__ = ["ScriptWorkload"]
 
@@ -98,7 +98,7 @@ class ScriptTrainer(Trainer):
 
     def _give(self, folder: Path, broadcast: Groups, request: Request) -> None:
         (folder / "out").mkdir()
-        inputs = {group: broadcast[group] for group in exchange.GROUPS}
+        inputs = {group: broadcast[group] for group in MODEL_GROUPS}
         exchange.write_groups(
             folder / "in", {**inputs, "offset": request.correction.offset, "merge": request.merge.values}
         )

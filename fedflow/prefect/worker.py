@@ -39,7 +39,6 @@ __all__ = ["CoordinatorWorker", "SiteWorker", "command", "environment", "start"]
 
 POLL = 0.1  # seconds between two looks whether a child ended
 LOOK = 1.0  # seconds between two looks whether its flow run is to be cancelled
-GRACE = 5.0  # seconds from SIGTERM to SIGKILL
 STOPPED = (StateType.CANCELLING, StateType.CANCELLED)  # of a flow run that is not to run
 
 
@@ -83,7 +82,7 @@ class FlowWorker(BaseWorker[BaseJobConfiguration, BaseVariables, FlowWorkerResul
         if task_status is not None:
             task_status.started(process.pid)
         try:
-            cancelled = await self._watch(process, flow_run.id)
+            cancelled = await self._watch(process, flow_run.id)  # then killed: SIGTERM is a crash to Prefect's engine
         except anyio.get_cancelled_exc_class():
             with anyio.CancelScope(shield=True):
                 kill_group(process)
@@ -103,7 +102,7 @@ class FlowWorker(BaseWorker[BaseJobConfiguration, BaseVariables, FlowWorkerResul
         return FlowWorkerResult(identifier=str(process.pid), status_code=0 if cancelled else process.exitcode or 0)
 
     async def _watch(self, process: ForkServerProcess, flow_run: UUID) -> bool:
-        """Returns when the child has ended; whether that was because its flow run is cancelled."""
+        """Returns when the child has ended, or its flow run is cancelled; whether it is."""
         since = 0.0
         while process.is_alive():
             await anyio.sleep(POLL)
@@ -111,7 +110,6 @@ class FlowWorker(BaseWorker[BaseJobConfiguration, BaseVariables, FlowWorkerResul
             if since >= LOOK:
                 since = 0.0
                 if await self._is_cancelling(flow_run):
-                    await self._stop(process)
                     return True
         return False
 
@@ -123,14 +121,6 @@ class FlowWorker(BaseWorker[BaseJobConfiguration, BaseVariables, FlowWorkerResul
         except OUTAGE:
             return False  # an API that does not answer cancels nothing
         return seen.state_type in STOPPED
-
-    async def _stop(self, process: ForkServerProcess) -> None:
-        """SIGTERM to the child's group, SIGKILL after a grace."""
-        kill_group(process, signal.SIGTERM)
-        with anyio.move_on_after(GRACE):
-            while process.is_alive():
-                await anyio.sleep(POLL)
-        kill_group(process)
 
     async def _run_hooks(self, flow: Flow[Any, Any], hooks: Sequence[Any] | None, flow_run: UUID) -> None:
         """The hooks that a killed process cannot run by itself."""
@@ -190,11 +180,11 @@ def run_in_child(target: str, flow_run_id: str) -> None:
             run_flow(load(target), flow_run=flow_run)
 
 
-def kill_group(process: ForkServerProcess, sig: signal.Signals = signal.SIGKILL) -> None:
-    """Signal the child and all that it started; nothing where they are gone."""
+def kill_group(process: ForkServerProcess) -> None:
+    """Kill the child and all that it started; nothing where they are gone."""
     if process.pid is not None:
         try:
-            os.killpg(process.pid, sig)
+            os.killpg(process.pid, signal.SIGKILL)
         except ProcessLookupError:
             if process.is_alive():  # it has not become a group's leader yet
                 process.kill()

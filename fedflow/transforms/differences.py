@@ -16,7 +16,7 @@ from fedflow.errors import RecipeError, UpdateInvalid, field_error
 from fedflow.tensors import cast, non_finite
 from fedflow.types import Groups, RoundContext, Spec, Tensors, TensorSpec, Update, derive_seed
 
-__all__ = ["Lossy", "Residual", "blocks", "joined"]
+__all__ = ["ANY", "Lossy", "Residual", "blocks", "joined"]
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Lossy(Transform):
             if group not in spec:
                 fix = "set algorithm.transfer: delta" if group == "delta" else "correct the name"
                 raise RecipeError(field_error(f"transforms.{self.kind}.groups", group, f"one of {sorted(spec)}", fix))
-            found |= {joined(group, part): {} for part in self.parts(_ANY)}
+            found |= {joined(group, part): {} for part in self.parts(ANY)}
             for name, tensor in spec[group].items():
                 for part, of_part in (self.parts(tensor) if _floating(tensor) else {"": tensor}).items():
                     found.setdefault(joined(group, part), {})[name] = of_part
@@ -77,7 +77,7 @@ class Lossy(Transform):
         found: dict[str, dict[str, Tensor]] = {g: dict(t) for g, t in update.tensors.items() if g not in self.groups}
         lost: dict[str, Tensor] = {}
         for group in self.groups:
-            found |= {joined(group, part): {} for part in self.parts(_ANY)}
+            found |= {joined(group, part): {} for part in self.parts(ANY)}
             for name, tensor in update.tensors[group].items():
                 parts: Mapping[str, Tensor] = {"": tensor}
                 if tensor.is_floating_point():
@@ -96,12 +96,12 @@ class Lossy(Transform):
         return cast(tensor.double() + state.residual[key].double(), tensor.dtype)
 
     def decode(self, update: Update, spec: Spec) -> Update:
-        own = {joined(group, part) for group in self.groups for part in ("", *self.parts(_ANY))}
+        own = {joined(group, part) for group in self.groups for part in ("", *self.parts(ANY))}
         found: dict[str, dict[str, Tensor]] = {g: dict(t) for g, t in update.tensors.items() if g not in own}
         for group in self.groups:
             found[group] = {}
             for name, tensor in spec[group].items():
-                names = list(self.parts(_ANY)) if _floating(tensor) else [""]
+                names = list(self.parts(ANY)) if _floating(tensor) else [""]
                 sent = {part: update.tensors.get(joined(group, part), {}) for part in names}
                 parts = {part: tensors[name] for part, tensors in sent.items() if name in tensors}
                 if len(parts) == len(names):
@@ -122,7 +122,8 @@ class Lossy(Transform):
         return tensor
 
 
-_ANY = TensorSpec((1,), torch.float32)
+ANY = TensorSpec((1,), torch.float32)
+"""Some floating tensor: the names of its parts are those of every other's."""
 
 
 def _floating(spec: TensorSpec) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedflow.errors import RecipeError, field_error
 from fedflow.tensors import LazyGroups, cast
-from fedflow.transforms.differences import Lossy, blocks, joined
+from fedflow.transforms.differences import ANY, Lossy, blocks, joined
 from fedflow.types import Groups, Spec, Tensors, TensorSpec
 
 __all__ = ["Cast", "Quantise"]
@@ -48,14 +48,14 @@ class _Narrow(Lossy):
             if wide and group not in self.exact:
                 parts = {n: {**self.encode(t, 0), _LIKE: t.new_empty((0, *t.shape))} for n, t in wide.items()}
                 found[group] = {n: t for n, t in tensors.items() if n not in wide}
-                for part in (*self.parts(_ANY), _LIKE):
+                for part in (*self.parts(ANY), _LIKE):
                     found[joined(group, part)] = {n: of[part] for n, of in parts.items()}
         return found
 
     def at_arrival(self, groups: Groups) -> Groups:
         if not self.broadcast:
             return groups
-        parts = (*self.parts(_ANY), _LIKE)
+        parts = (*self.parts(ANY), _LIKE)
         encoded = {group for group in groups if joined(group, parts[0]) in groups}
         sent = {joined(group, part) for group in encoded for part in parts}
 
@@ -75,7 +75,6 @@ class _Narrow(Lossy):
 _WIDE = (torch.float32, torch.float64)
 _LIKE = "like"
 """A part of no bytes that says the shape and the dtype: empty, with the shape after a 0."""
-_ANY = TensorSpec((1,), torch.float32)
 
 
 class Cast(_Narrow):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+
+import pytest
 
 from tests.cli.project import SITES, Project, Result
-from tests.servers import PrefectServer
+from tests.servers import PrefectServer, prefect_server
 
 
 def lines(result: Result) -> dict[str, tuple[str, str]]:
@@ -43,6 +46,13 @@ def test_server_that_does_not_answer(project: Project) -> None:
     state, rest = lines(result)["Prefect server"]
     assert (result.code, state) == (1, "fail")
     assert "http://127.0.0.1:1/api" in rest
+
+
+@pytest.fixture
+def prefect_api(postgres: str) -> Iterator[PrefectServer]:
+    """A server on which nobody has deployed anything."""
+    with prefect_server(postgres) as server:
+        yield server
 
 
 def test_server_before_and_after_a_deployment(project: Project, prefect_api: PrefectServer) -> None:

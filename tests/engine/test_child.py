@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from torch import Tensor, nn
 
@@ -123,11 +124,14 @@ class Dying(FedAvg):
 
 
 class Endless(FedAvg):
-    """Never comes back."""
+    """Never comes back. It says who it is in the file that `whose` names, if it does."""
 
     kind: Any = "endless"
+    whose: str = ""
 
     def server_update(self, state: Any, aggregate: Any, ctx: Any) -> Any:
+        if self.whose:
+            Path(self.whose).write_text(str(os.getpid()))
         threading.Event().wait()
 
 
@@ -162,6 +166,21 @@ def stuck_site(store: str, state: str) -> None:
     config, work = SiteConfig(name="site-1", store=store, state=state), SiteWork("run", 0, "train")
     with hard_deadline(work, config):
         site_step(work, config)
+
+
+def aggregating_for_ever(folder: Path, fifo: Path) -> None:
+    journal, _ = closed(folder, algorithm={"kind": "tests.engine.test_child:Endless", "whose": str(fifo)})
+    aggregate(journal)
+
+
+def test_a_child_ends_with_its_caller(tmp_path: Path) -> None:
+    fifo = tmp_path / "whose"
+    os.mkfifo(fifo)
+    caller = multiprocessing.get_context("spawn").Process(target=aggregating_for_ever, args=(tmp_path, fifo))
+    caller.start()
+    child = psutil.Process(int(fifo.read_text()))  # waits until it has begun
+    caller.kill()
+    child.wait(WARM)
 
 
 def test_a_training_that_outlives_its_time_is_killed_after_saying_so(tmp_path: Path) -> None:

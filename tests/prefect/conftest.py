@@ -69,7 +69,7 @@ def started(tmp_path_factory: pytest.TempPathFactory, own_algorithm: Path) -> It
     fault_file = home / "fault.json"
     environment = watching(fault_file, {"PYTHONPATH": str(own_algorithm)})
     with PocEnv(Federation.of(3), home=home, environment=environment) as env:
-        env.start(None)
+        env.start(builders.recipe())
         yield Poc(env, fault_file)
 
 

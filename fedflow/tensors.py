@@ -205,7 +205,7 @@ def _comparable(tensor: Tensor) -> Tensor:
 def raw_bytes(tensor: Tensor) -> memoryview:
     """The tensor's bytes, C-contiguous, little-endian as on every machine that torch supports."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()).cast("B") if flat.numel() else memoryview(b"")  # type: ignore[arg-type]
+    return memoryview(flat.view(torch.uint8).numpy()).cast("B") if flat.numel() else memoryview(bytearray())  # type: ignore[arg-type]
 
 
 def dtype_name(dtype: torch.dtype) -> str:

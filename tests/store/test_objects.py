@@ -75,7 +75,7 @@ class TestLocal(SharedStoreConformance):
             from fedflow.store.objects import ObjectStore
 
             def parts():
-                yield b"half"
+                yield bytes(9 << 20)  # more than is sent at once
                 os.kill(os.getpid(), signal.SIGKILL)
 
             ObjectStore(sys.argv[1]).write_stream("a/b", parts())

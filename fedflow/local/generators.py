@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["generators", "set_generators"]
+__all__ = ["generators", "seed_torch", "set_generators"]
 
 
 def generators() -> dict[str, Any]:
@@ -31,3 +31,11 @@ def set_generators(states: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state_all(states["cuda"])
     np.random.set_state(states["numpy"])
     random.setstate(states["python"])
+
+
+def seed_torch(seed: int) -> None:
+    """As `torch.manual_seed`, which takes a millisecond to note the seed for a GPU that might appear; here none does."""
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)

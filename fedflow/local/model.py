@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fedflow.errors import CheckpointError, ResolveError, field_error
+from fedflow.local.generators import seed_torch
 from fedflow.registry import call, resolve
 from fedflow.types import Groups, TensorSpec, derive_seed, spec_of
 
@@ -25,7 +26,7 @@ def build_model(path: str, args: Mapping[str, Any], *, seed: int = 0, **resoluti
     """
     factory = resolve("models", path, field="model", **resolution)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed("model", seed))
+        seed_torch(derive_seed("model", seed))
         model = call(factory, args, field="model.args")
     if not isinstance(model, nn.Module):
         raise ResolveError(

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from fedflow.errors import RecipeError, field_error
+from fedflow.local.generators import seed_torch
 from fedflow.recipe import Numerics
 
 __all__ = ["applied", "recorded"]
@@ -35,7 +36,7 @@ def applied(numerics: Numerics, seed: int) -> Iterator[None]:
         try:
             torch.set_num_threads(numerics.threads)
             torch.use_deterministic_algorithms(numerics.deterministic == "bitwise")
-            torch.manual_seed(seed)
+            seed_torch(seed)
             random.seed(seed)
             np.random.seed(seed % 2**32)
             yield

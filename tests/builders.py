@@ -213,6 +213,10 @@ def run_with(fault: Fault, fields: Mapping[str, Any], store: str, options: Mappi
 
 
 # -- stores ------------------------------------------------------------------------------------------------------------
+OBJECTS = r"\.safetensors$"
+"""The keys of tensors."""
+
+
 def path_of(store: ObjectStore, key: str) -> Path:
     """The file of an object in a local store."""
     return Path(store.url.removeprefix("file://")) / key

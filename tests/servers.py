@@ -1,10 +1,12 @@
-"""Real servers for the tests: PostgreSQL, S3 (SeaweedFS) and Prefect, each on free ports of 127.0.0.1.
+"""Real servers for the tests: PostgreSQL, S3 (SeaweedFS), Azure (Azurite) and Prefect, each on free ports of 127.0.0.1.
 
 Each function here is a context manager. It yields a server that has answered a real request, and stops what it started,
 by process id, however the block ends; data and log are in a temporary directory of its own, so that any number run side
 by side and nothing is left behind. All work as root and as anyone else, and none opens a port to the outside.
 """
 
+import base64
+import hmac
 import importlib.util
 import itertools
 import os
@@ -21,6 +23,8 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from email.utils import format_datetime
 from pathlib import Path
 from typing import Self
 
@@ -279,6 +283,49 @@ class S3Server(Server):
 def s3_server() -> Iterator[S3Server]:
     """An S3 server whose conditional writes are atomic (`If-None-Match: *`)."""
     with _directory(os.geteuid()) as directory, S3Server(directory) as server:
+        yield server
+
+
+class AzureServer(Server):
+    """Azurite, Microsoft's own emulator of Blob Storage, with an empty container; from npm."""
+
+    def __init__(self, directory: Path):
+        port = free_port()
+        self.container = "fedflow"
+        self.endpoint = f"http://127.0.0.1:{port}/devstoreaccount1"
+        self.env = {  # the account that every Azurite has
+            "AZURE_STORAGE_ACCOUNT_NAME": "devstoreaccount1",
+            "AZURE_STORAGE_ACCOUNT_KEY": "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw==",
+            "AZURE_STORAGE_ENDPOINT": self.endpoint,
+            "AZURE_ALLOW_HTTP": "true",
+        }
+        npx = ["npx", "--yes", "--package", "azurite@3.37.0", "azurite-blob"]
+        options = ["--silent", "--skipApiVersionCheck", "--location", str(directory)]
+        super().__init__(directory, [*npx, *options, "--blobHost", "127.0.0.1", "--blobPort", str(port)], os.environ)
+
+    def answers(self) -> bool:
+        """Whether the container is there; it is made, by a request that obstore does not know."""
+        now = format_datetime(datetime.now(UTC), usegmt=True)
+        account, headers = "devstoreaccount1", f"x-ms-date:{now}\nx-ms-version:2021-08-06"
+        signed = "PUT" + 12 * "\n" + f"{headers}\n/{account}/{account}/{self.container}\nrestype:container"
+        key = base64.b64decode(self.env["AZURE_STORAGE_ACCOUNT_KEY"])
+        mac = base64.b64encode(hmac.digest(key, signed.encode(), "sha256")).decode()
+        sent = dict(line.split(":", 1) for line in headers.splitlines())
+        with suppress(httpx.TransportError):
+            answer = httpx.put(
+                f"{self.endpoint}/{self.container}?restype=container",
+                headers={**sent, "Authorization": f"SharedKey {account}:{mac}", "Content-Length": "0"},
+                timeout=2,
+                trust_env=False,
+            )
+            return answer.status_code in (201, 409)
+        return False
+
+
+@contextmanager
+def azure_server() -> Iterator[AzureServer]:
+    """An Azure Blob Storage; needs npm, and gets the emulator from there the first time."""
+    with _directory(os.geteuid()) as directory, AzureServer(directory) as server:
         yield server
 
 

@@ -64,6 +64,7 @@ def gc(
     total = sum(journal.store.size(key) for key in found)
     if delete:
         drop(journal, found)
+        journal.store.sweep()
     if as_json:
         print(json.dumps({"deleted": delete, "bytes": total, "objects": found}))
         return

@@ -11,6 +11,7 @@ from prefect import Flow, flow, get_run_logger, runtime, tags
 from prefect.client.schemas.objects import FlowRun, State
 
 from fedflow.engine.child import start_in_child, warm_up
+from fedflow.engine.logs import passed_on
 from fedflow.engine.rounds import amend_run, next_step, record_abort, recording_outcome
 from fedflow.engine.summary import summarize
 from fedflow.errors import RoundError
@@ -103,7 +104,8 @@ def begin(recipe: Recipe, federation: Federation, run: str) -> Journal:
         return place
     warm_up(*recipe.server_modules())
     options, timeout = dict(federation.store_options), recipe.timeouts.round_deadline.total_seconds()
-    start_in_child(place.store.url, options, run, recipe, federation.names, timeout=timeout)
+    with passed_on(get_run_logger().log):
+        start_in_child(place.store.url, options, run, recipe, federation.names, timeout=timeout)
     amend_run(place, recipe, sites=federation.names)
     return place
 

@@ -15,13 +15,15 @@ import sys
 import tempfile
 import threading
 import unicodedata
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from copy import copy
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Protocol, Self
+from typing import IO, TYPE_CHECKING, Any, Protocol, Self, TypeVar
 from urllib.parse import quote
 from uuid import uuid4
 
@@ -39,6 +41,10 @@ from fedflow.errors import (
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore as CloudStore
+    from obstore.store import S3Store
+
+P = TypeVar("P")
+T = TypeVar("T")
 
 __all__ = [
     "RESERVED",
@@ -61,15 +67,14 @@ Publish = Callable[[Path, Path], object]  # gives a temporary file its name
 
 RESERVED = ".fedflow-"  # names that begin so are the store's own: temporary files, locks, probes
 _TEMPORARY = f"{RESERVED}tmp-"
-_TEMPORARY_AGE = timedelta(days=1)  # without a write, after which the writer is taken for dead
 
 _CLOUD = ("s3", "gs", "az", "abfs", "abfss")  # schemes that obstore serves
 _CLIENT: dict[str, float] = {
     "connect_timeout": 10,
     "timeout": 120,
-}  # seconds; the second for a whole request, with its up to 32 MiB
+}  # seconds; the second for a whole request, with its up to 8 MiB
 _RETRY = {"max_retries": 100, "retry_timeout": 60, "backoff": {"init_backoff": 0.1, "max_backoff": 60, "base": 3}}
-_DOWNLOAD = 32 << 20  # bytes a request
+_DOWNLOAD, _DOWNLOADS = 8 << 20, 4  # bytes a request, requests at once
 _UPLOAD, _UPLOADS = 8 << 20, 4  # bytes a request, requests at once
 _STEP = 1 << 20  # bytes of a file that are read at once: they are still in the processor's cache when they are hashed
 _STEP_BUFFERS = 512  # filled at once; the kernel takes 1024
@@ -117,7 +122,7 @@ class Backend(Protocol):
     def size(self, key: str) -> int: ...
     def find(self, prefix: str) -> Iterable[str]: ...
     def delete(self, key: str) -> None: ...  # FileNotFoundError is fine
-    def sweep(self) -> None: ...
+    def sweep(self, age: timedelta) -> None: ...  # remove what nobody wrote to for so long
     def explain(self, exc: Exception, what: str) -> StoreError | None: ...  # None: no error of the store
 
 
@@ -364,11 +369,11 @@ class _Local:
             path.unlink()
             _fsync_directory(path.parent)
 
-    def sweep(self) -> None:
-        """Remove temporary files that nobody has written to for a day, by the clock of the file system itself."""
+    def sweep(self, age: timedelta) -> None:
+        """Temporary files, by the clock of the file system itself."""
         base = self._path("")
         with tempfile.NamedTemporaryFile(prefix=_TEMPORARY, dir=base) as clock:
-            oldest = os.fstat(clock.fileno()).st_mtime - _TEMPORARY_AGE.total_seconds()
+            oldest = os.fstat(clock.fileno()).st_mtime - age.total_seconds()
         for directory, _, names in os.walk(base):
             for name in names:
                 path = Path(directory, name)
@@ -485,13 +490,36 @@ def _filled(buffers: Buffers, count: int) -> Iterator[memoryview]:
         count -= len(buffer)
 
 
-def _scatter(data: bytes, size: int, buffers: Buffers) -> Iterator[tuple[memoryview, int]]:
-    """Fill `buffers` from `data`, the bytes of an object of `size`."""
-    rest = memoryview(data)
-    for buffer in buffers:
-        head, rest = rest[: len(buffer)], rest[len(buffer) :]
-        buffer[: len(head)] = head
-    yield from ((view, size) for view in _filled(buffers, len(data)))
+def _scattered(pieces: Iterable[tuple[Data, int]], buffers: Buffers) -> Iterator[tuple[memoryview, int]]:
+    """Fill `buffers` from pieces of an object, each with the object's size: what was filled, piece by piece."""
+    left = deque(buffers)
+    for data, size in pieces:
+        rest = memoryview(data)
+        if not rest:
+            yield rest, size
+        while rest:
+            buffer = left.popleft()
+            filled, later = buffer[: len(rest)], buffer[len(rest) :]
+            filled[:], rest = rest[: len(filled)], rest[len(filled) :]
+            if later:
+                left.appendleft(later)
+            yield filled, size
+
+
+def _ahead(call: Callable[[P], T], pieces: Sequence[P], width: int) -> Iterator[T]:
+    """`call` of each piece, in order, `width` of them at once; nothing runs any more when this is left."""
+    if not pieces:
+        return
+    with ThreadPoolExecutor(width, "transfer") as pool:
+        waiting = deque(pool.submit(call, piece) for piece in pieces[:width])
+        try:
+            for piece in pieces[width:]:
+                yield waiting.popleft().result()
+                waiting.append(pool.submit(call, piece))
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _files(directory: str) -> Iterator[str]:
@@ -602,22 +630,31 @@ class _Cloud:
         return self._download(key, start, end) if start < end else (b"", self.size(key))
 
     def _download(self, key: str, start: int, end: int) -> tuple[bytes, int]:
-        """The bytes, as far as there are any, and the size; all from one version of the object."""
-        obs, blocks, size = _obstore(), list[Any](), end
-        options: dict[str, Any] = {}
-        while start < min(end, size):
-            options["range"] = (start, min(end, start + _DOWNLOAD))
-            try:
-                found = obs.get(self._store, self._prefix + key, options=options)
-            except obs.exceptions.GenericError as exc:
-                if _status(exc) == 416:  # begins behind the end
-                    return b"", self.size(key)
+        """The bytes, as far as there are any, and the size."""
+        blocks, sizes = zip(*self._pieces(key, start, end), strict=True)
+        return b"".join(blocks), sizes[0]
+
+    def _pieces(self, key: str, start: int, end: int) -> Iterator[tuple[Any, int]]:
+        """The same in order, some requests at once; all from one version of the object."""
+        obs = _obstore()
+
+        def get(first: int, last: int, **options: Any) -> Any:
+            found = obs.get(self._store, self._prefix + key, options={"range": (first, last), **options})
+            return found.bytes(), found.meta
+
+        try:
+            block, meta = get(start, min(end, start + _DOWNLOAD))
+        except obs.exceptions.GenericError as exc:
+            if _status(exc) != 416:
                 raise
-            blocks.append(found.bytes())
-            start, size = start + _DOWNLOAD, found.meta["size"]
-            if found.meta["e_tag"]:
-                options["if_match"] = found.meta["e_tag"]
-        return b"".join(blocks), size
+            yield b"", self.size(key)  # begins behind the end
+            return
+        yield block, meta["size"]
+        same = {"if_match": meta["e_tag"]} if meta["e_tag"] else {}
+        end = min(end, meta["size"])
+        later = [(first, min(end, first + _DOWNLOAD)) for first in range(start + _DOWNLOAD, end, _DOWNLOAD)]
+        for block, _ in _ahead(lambda piece: get(*piece, **same), later, _DOWNLOADS):
+            yield block, meta["size"]
 
     def get_ranges(self, key: str, ranges: Ranges) -> Blocks:
         if len(ranges) == 1:
@@ -633,7 +670,7 @@ class _Cloud:
         return blocks
 
     def fill(self, key: str, start: int, buffers: Buffers) -> Iterator[tuple[memoryview, int]]:
-        yield from _scatter(*self.get_sized(key, start, start + sum(map(len, buffers))), buffers)
+        yield from _scattered(self._pieces(key, start, start + sum(map(len, buffers))), buffers)
 
     def size(self, key: str) -> int:
         return int(_obstore().head(self._store, self._prefix + key)["size"])
@@ -646,8 +683,15 @@ class _Cloud:
     def delete(self, key: str) -> None:
         _obstore().delete(self._store, self._prefix + key)
 
-    def sweep(self) -> None:
-        """Nothing: an upload that was cut off is invisible, and the bucket's lifecycle rule removes its parts."""
+    def sweep(self, age: timedelta) -> None:
+        """S3's multipart uploads: it keeps, unseen, what a dead writer sent, and charges for it. Where listing or aborting them is
+        not allowed, and on GCS and Azure, a lifecycle rule has to do it.
+        """
+        from obstore.store import S3Store
+
+        if isinstance(self._store, S3Store):
+            with suppress(OSError, ImportError):
+                _abort_uploads(self._store, self._prefix, before=datetime.now(UTC) - age)
 
     def explain(self, exc: Exception, what: str) -> StoreError | None:
         from obstore import exceptions as found
@@ -671,6 +715,28 @@ class _Cloud:
         if broken or (status or 0) >= 500 or status in (408, 429):
             return StoreUnavailable(f"{told}; try again")
         return StoreError(told)
+
+
+def _abort_uploads(store: S3Store, prefix: str, before: datetime) -> None:
+    """What obstore cannot do, s3fs does. Raises OSError."""
+    from s3fs import S3FileSystem
+
+    config = store.config
+    fs = S3FileSystem(
+        key=config.get("access_key_id"),
+        secret=config.get("secret_access_key"),
+        token=config.get("session_token"),
+        endpoint_url=config.get("endpoint"),
+        client_kwargs={"region_name": config["region"]} if "region" in config else {},
+        skip_instance_cache=True,
+    )
+    below = f"{store.prefix}/{prefix}" if store.prefix else prefix
+    found = fs.call_s3("list_multipart_uploads", Bucket=config["bucket"], Prefix=below)
+    for upload in found.get("Uploads", ()):
+        if upload["Initiated"] < before:
+            fs.call_s3(
+                "abort_multipart_upload", Bucket=config["bucket"], Key=upload["Key"], UploadId=upload["UploadId"]
+            )
 
 
 _obstore_runs_in: int | None = None  # id of the process that has obstore's threads
@@ -772,7 +838,7 @@ class _Fsspec:
         return self.get_ranges(key, [(start, min(end, size))])[0] if start < min(end, size) else b"", size
 
     def fill(self, key: str, start: int, buffers: Buffers) -> Iterator[tuple[memoryview, int]]:
-        yield from _scatter(*self.get_sized(key, start, start + sum(map(len, buffers))), buffers)
+        yield from _scattered([self.get_sized(key, start, start + sum(map(len, buffers)))], buffers)
 
     def size(self, key: str) -> int:
         self._fs.invalidate_cache()
@@ -791,7 +857,7 @@ class _Fsspec:
     def delete(self, key: str) -> None:
         self._fs.rm_file(f"{self._root}/{key}")
 
-    def sweep(self) -> None:
+    def sweep(self, age: timedelta) -> None:
         """Nothing is left by dead writers."""
 
     def explain(self, exc: Exception, what: str) -> StoreError | None:

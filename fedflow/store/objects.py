@@ -40,6 +40,7 @@ __all__ = ["CHUNK_SIZE", "ObjectRef", "ObjectStore", "digest"]
 
 CHUNK_SIZE = 16 << 20  # bytes that are hashed, and so verified, together
 _SMALL = 8 << 20  # bytes of an object that is sent at once, not in parts
+_DEAD = timedelta(days=1)
 _PROBES = f"{RESERVED}probe"
 _DIGEST = re.compile(r"blake3:[0-9a-f]{64}")
 
@@ -394,6 +395,14 @@ class ObjectStore:
         fix = "the object was changed or damaged after it was written: restore it, or delete it and write it again"
         return ObjectCorrupt(f"{self.url}: object {key!r} is corrupt: expected {expected}, found {found}; {fix}")
 
+    def sweep(self, age: timedelta = _DEAD) -> None:
+        """Remove what dead writers left where only the store sees it: temporary files (local), unfinished uploads (S3).
+
+        age: since the last write, after which a writer is taken for dead
+        """
+        with self._errors("sweep", ""):
+            self._backend.sweep(age)
+
     def probe(self) -> None:
         """Try, on objects of its own, what a run relies on; raises a StoreError that says what the store lacks.
 
@@ -406,8 +415,7 @@ class ObjectStore:
             self._probe_write(key)
             for lap in range(self._backend.probe_races):
                 self._probe_race(f"{key}-{lap}")
-            with self._errors("sweep", key):
-                self._backend.sweep()
+            self.sweep()
         except StoreError as exc:
             raise type(exc)(f"{exc} (seen while probing {self.url} before use: create, read, list, delete)") from None
         finally:

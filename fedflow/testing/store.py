@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from datetime import timedelta
 from typing import Any
 from uuid import uuid4
 
@@ -27,6 +28,7 @@ from hypothesis import strategies as st
 
 from fedflow.errors import KeyEscapesRoot, ObjectCorrupt, ObjectExists, ObjectMissing
 from fedflow.store.objects import ObjectRef, ObjectStore, digest
+from fedflow.store.reading import Reader
 
 __all__ = ["SharedStoreConformance", "StoreConformance", "nasty_keys", "start_python", "together"]
 
@@ -325,6 +327,25 @@ class StoreConformance:
         assert store.read_ranges(ref, ranges) == [data[start:end] for start, end in ranges]
         assert [store.read(ref, start, end) for start, end in ranges] == store.read_ranges(ref, ranges)
 
+    @given(st.lists(st.lists(st.integers(0, 3500), min_size=3, max_size=3).map(sorted), max_size=5))
+    @property_test
+    def test_a_reader_fills_buffers_with_any_parts(self, store: ObjectStore, bounds: list[list[int]]) -> None:
+        data = bytes(number % 251 for number in range(3500))
+        reader = Reader(store, store.write("objects", data, chunk_size=1000))
+        for start, middle, end in bounds:
+            buffers = [bytearray(middle - start), bytearray(end - middle)]
+            reader.read_into(start, [memoryview(buffer) for buffer in buffers])
+            assert b"".join(buffers) == data[start:end]
+        reader.finish()
+
+    def test_a_reader_finds_another_bit_and_another_size(self, store: ObjectStore) -> None:
+        data = os.urandom(3500)
+        ref = store.write("objects", data, chunk_size=1000)
+        for other in (flipped(data, 2500), data[:-1], data[:2400], b"", data + b"1"):
+            store.put(ref.key, other, mode="overwrite")
+            with pytest.raises(ObjectCorrupt, match=f"{ref.key}.*expected .*found"):
+                Reader(store, ref).verify()
+
     @pytest.mark.parametrize(("start", "end"), [(-1, 5), (5, 4), (0, 101), (101, 101)])
     def test_a_part_that_is_none_is_a_mistake(self, store: ObjectStore, start: int, end: int) -> None:
         ref = store.write("objects", bytes(100))
@@ -413,6 +434,13 @@ class StoreConformance:
 
     # --- before use
 
+    def test_a_patient_store_is_the_same_one(self, store: ObjectStore) -> None:
+        patient = store.patient(timedelta(minutes=2))
+        assert patient.url == store.url
+        patient.child("a").put("b", b"1")
+        with pytest.raises(ObjectExists):
+            store.put("a/b", b"2")
+
     def test_the_probe_passes_and_leaves_nothing(self, store: ObjectStore) -> None:
         store.put("a", b"untouched")
         together([store.probe, store.probe])
@@ -458,6 +486,7 @@ class SharedStoreConformance(StoreConformance):
             assert store.list() == [] and not store.exists("streamed")
             writer.kill()
         assert store.list() == [] and not store.exists("streamed")
+        store.sweep(timedelta())
         store.put("streamed", b"again")
         assert store.get("streamed") == b"again"
 

@@ -15,9 +15,7 @@ from fedflow.errors import ObjectMissing
 from fedflow.store.journal import Journal
 from fedflow.store.objects import ObjectStore
 from fedflow.testing.faults import fail_at
-from tests.builders import flip, head, in_child, keys, outcome, path_of, recipe, run, run_with
-
-OBJECTS = r"\.safetensors$"
+from tests.builders import OBJECTS, flip, head, in_child, keys, outcome, path_of, recipe, run, run_with
 
 
 def bits(journal: Journal) -> Any:

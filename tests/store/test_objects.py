@@ -12,6 +12,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from uuid import uuid4
 import fsspec
 import obstore
 import pytest
+import s3fs
 from fsspec.implementations.memory import MemoryFileSystem
 from obstore.store import from_url
 
@@ -335,6 +337,38 @@ class TestS3(SharedStoreConformance):
         ranges = [(1, 40 << 20), (5, 20), (50 << 20, 69 << 20)]
         assert store.get_ranges(ref.key, ranges) == [data[start:end] for start, end in ranges]
         assert store.read(ref, 20 << 20, 50 << 20) == data[20 << 20 : 50 << 20]
+
+    def test_a_killed_writer_leaves_parts_that_nobody_sees_until_they_are_swept(
+        self, s3: Any, bucket: str, store: ObjectStore
+    ) -> None:
+        code = """if True:
+            import os, signal, sys
+            from fedflow.store.objects import ObjectStore
+
+            def parts():
+                for _ in range(8):
+                    yield bytes(8 << 20)
+                print("sent", flush=True)
+                sys.stdin.readline()
+
+            ObjectStore(sys.argv[1]).write_stream("a/b", parts())
+        """
+        fs = s3fs.S3FileSystem(endpoint_url=s3.endpoint, key=s3.access_key, secret=s3.secret_key)
+
+        def uploads() -> list[str]:
+            found = fs.call_s3("list_multipart_uploads", Bucket=s3.bucket).get("Uploads", ())
+            return [u["Key"] for u in found if f"{s3.bucket}/{u['Key']}".startswith(bucket.removeprefix("s3://"))]
+
+        with start_python(code, store.url) as writer:
+            assert writer.stdout and writer.stdout.readline() == "sent\n"
+            writer.kill()
+        assert len(uploads()) == 1 and store.list() == []
+        store.probe()  # the writer may be alive, as far as anyone knows
+        assert len(uploads()) == 1
+        store.child("else").sweep(timedelta())
+        assert len(uploads()) == 1
+        store.sweep(timedelta())
+        assert uploads() == []
 
     def test_options_serve_as_well_as_the_environment(
         self, s3: Any, bucket: str, monkeypatch: pytest.MonkeyPatch

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from fedflow.environments import Run
     from fedflow.store.objects import ObjectStore
 
-__all__ = ["committed_rounds", "follow", "interruptible", "resume_command", "ui_of"]
+__all__ = ["committed_rounds", "conclude", "follow", "interruptible", "resume_command", "ui_of"]
 
 
 def follow(environment: Any, run: Run, before: int, view: View) -> int:
@@ -48,7 +48,7 @@ def follow(environment: Any, run: Run, before: int, view: View) -> int:
             run.abort()
         tick(run, last=True)
     try:
-        return _conclude(environment, run, view, console)
+        return conclude(environment, run, view)
     except StoreError as error:  # no mistake of the user's: the run has begun
         raise FedflowError(f"what became of the run cannot be read: {error}", run=run.id) from error
 
@@ -112,13 +112,14 @@ def interruptible() -> Iterator[None]:
 
 
 # -- the end -----------------------------------------------------------------------------------------------------------
-def _conclude(environment: Any, run: Run, view: View, console: Console) -> int:
+def conclude(environment: Any, run: Run, view: View) -> int:
+    """Show what became of `run`, which is not running any more; the exit code."""
     try:
         summary: RunSummary | None = run.summary()
     except RunMissing:
         summary = None
     if summary is not None and summary.rounds:
-        _show_result(environment, run, summary, view, console)
+        _show_result(environment, run, summary, view, view.console())
     if view.as_json:
         print(json.dumps(summary.as_json() if summary else _never_started(run.id), allow_nan=False), flush=True)
     if summary is None or summary.status != "finished":

@@ -161,8 +161,12 @@ def load_federation(path: Path | None, recipe: Path) -> Federation:
 
 # -- going on ----------------------------------------------------------------------------------------------------------
 def _go_on(environment: Any, run_id: str, view: View) -> int:
-    from fedflow.cli.following import committed_rounds
+    from fedflow.cli.following import committed_rounds, conclude
+    from fedflow.environments.base import Ended, Run
 
+    ended = Run(run_id, environment.store, Ended())
+    if ended.is_complete():  # nothing to be started
+        return conclude(environment, ended, view)
     with view.starting(environment.kind):
         before = committed_rounds(environment.store, run_id)
         handle = environment.resume(run_id)

@@ -15,7 +15,7 @@ from fedflow.recipe import Recipe
 from fedflow.store.journal import Journal
 from fedflow.store.objects import ObjectStore
 
-__all__ = ["DEFAULT_HOME", "Backend", "Environment", "Run"]
+__all__ = ["DEFAULT_HOME", "Backend", "Ended", "Environment", "Run"]
 
 DEFAULT_HOME = Path("fedflow-runs")
 """Where runs on this machine keep store, sites' states and logs, unless told otherwise."""
@@ -41,6 +41,22 @@ class Backend(Protocol):
         ...
 
 
+class Ended:
+    """Of a run that nobody works on."""
+
+    def alive(self) -> bool:
+        return False
+
+    def abort(self) -> None:
+        """There is nothing to stop."""
+
+    def logs(self, site: str | None) -> Iterator[str]:
+        return iter(())
+
+    def ui(self) -> str | None:
+        return None
+
+
 @dataclass(frozen=True)
 class Run:
     """A run that was started. The same in every environment; all it says of rounds comes from the store."""
@@ -61,6 +77,14 @@ class Run:
             return summarize(self.journal).status
         except (RunMissing, ObjectMissing):
             return "failed"
+
+    def is_complete(self) -> bool:
+        """Whether it ended as asked, and nobody has asked for more since: to resume it would do nothing."""
+        try:
+            summary = summarize(self.journal)
+        except (RunMissing, ObjectMissing):
+            return False
+        return summary.finished and summary.last is not None and summary.last.status == "finished"
 
     def summary(self) -> RunSummary:
         """Everything committed so far. Raises RunMissing before the run's record is written."""

@@ -123,6 +123,13 @@ def test_run_that_stopped_early_is_not_extended(project: Project) -> None:
 
 
 # -- stopping ----------------------------------------------------------------------------------------------------------
+def test_a_finished_run_is_shown_and_not_started_again(trained: Project) -> None:
+    shown = trained.call("resume", "points-1")
+    assert shown.code == 0
+    assert shown.out.startswith("points-1 finished: 3 rounds\n")  # no header of a run that goes on
+    assert trained.call("resume", "points-1", "--json").json["status"] == "finished"
+
+
 def test_stopped_run_is_resumed(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     project.recipe(rounds=10_000)
     process = start_until_round_0(project, "--home", "here", "--json")

@@ -196,6 +196,12 @@ def outcome(journal: Journal) -> dict[str, Any]:
     }
 
 
+def bits(journal: Journal) -> Any:
+    """Of that what does not depend on the run's nonce either: digests of model and state."""
+    found = outcome(journal)
+    return found["model"], found["state"]
+
+
 def in_child(function: Callable[..., Any], *args: Any) -> int:
     """The exit code of `function(*args)` in a process of its own; −9 if it was killed."""
     context = multiprocessing.get_context("forkserver")

@@ -225,6 +225,11 @@ class S3Server(Server):
             "AWS_REGION": "us-east-1",
             "AWS_ALLOW_HTTP": "true",
         }
+        self.options = {  # with these a store does
+            "endpoint": self.endpoint,
+            "access_key_id": self.access_key,
+            "secret_access_key": self.secret_key,
+        }
         settings = {
             "dir": directory,
             "ip": "127.0.0.1",

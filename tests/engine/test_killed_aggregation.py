@@ -27,20 +27,19 @@ FEDADAM: Any = {"kind": "fedopt", "server_optimizer": {"kind": "adam", "lr": 0.0
 
 
 @pytest.fixture(params=["local", "s3"])
-def url(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """URL and options of an empty store."""
     if request.param == "local":
-        yield str(tmp_path)
-        return
-    with s3_server() as server:
-        for name, value in server.env.items():
-            monkeypatch.setenv(name, value)
-        yield f"s3://{server.bucket}/killed"
+        yield str(tmp_path), {}
+    else:
+        with s3_server() as server:
+            yield f"s3://{server.bucket}/killed", server.options
 
 
-def aggregate(url: str, timeout: float) -> bool:
+def aggregate(place: tuple[str, dict[str, Any]], timeout: float) -> bool:
     """Whether it was done before it was killed."""
     try:
-        aggregate_in_child(url, {}, "run", 0, "train", 1, timeout=timeout)
+        aggregate_in_child(*place, "run", 0, "train", 1, timeout=timeout)
     except RoundError as error:
         assert "killed after" in str(error)
         return False
@@ -48,10 +47,10 @@ def aggregate(url: str, timeout: float) -> bool:
 
 
 @pytest.mark.parametrize("algorithm", ["fedavg", FEDADAM], ids=["fedavg", "fedadam"])
-def test_fifty_kills(url: str, algorithm: Any) -> None:
-    prepare(url, {}, 24, 4, algorithm)
+def test_fifty_kills(place: tuple[str, dict[str, Any]], algorithm: Any) -> None:
+    prepare(*place, 24, 4, algorithm)
     warm_up()
-    store = ObjectStore(url)
+    store = ObjectStore(*place)
     journal = Journal(store, "run")
     before = set(store.list())
 
@@ -62,20 +61,20 @@ def test_fifty_kills(url: str, algorithm: Any) -> None:
     for _ in range(2):  # the second one tells how long it takes
         undo()
         started = time.monotonic()
-        assert aggregate(url, 600)
+        assert aggregate(place, 600)
         seconds = time.monotonic() - started
     expected = outcome(journal)
 
     instants, killed = random.Random(0), 0
     while killed < KILLS:
         undo()
-        while aggregate(url, instants.uniform(0, seconds)):  # until the kill comes first
+        while aggregate(place, instants.uniform(0, seconds)):  # until the kill comes first
             undo()
         killed += 1
         for key in keys(store, OBJECTS):
             safetensors.torch.load(store.get(key))  # raises for anything that is not whole
         drop(journal, garbage(journal, Policy(last=9)))
-        assert aggregate(url, 600)
+        assert aggregate(place, 600)
         assert outcome(journal) == expected
         drop(journal, garbage(journal, Policy(last=9)))
         named = {ref.key for r, phase in ((-1, "initial"), (0, "train")) for ref in committed(journal, r, phase)}

@@ -15,13 +15,7 @@ from fedflow.errors import ObjectMissing
 from fedflow.store.journal import Journal
 from fedflow.store.objects import ObjectStore
 from fedflow.testing.faults import fail_at
-from tests.builders import OBJECTS, flip, head, in_child, keys, outcome, path_of, recipe, run, run_with
-
-
-def bits(journal: Journal) -> Any:
-    """What must be the same in two runs."""
-    found = outcome(journal)
-    return found["model"], found["state"]
+from tests.builders import OBJECTS, bits, flip, head, in_child, keys, path_of, recipe, run, run_with
 
 
 def kept_models(journal: Journal, rounds: int) -> list[int]:

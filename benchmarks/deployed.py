@@ -23,7 +23,7 @@ import psutil
 import torch
 from torch import nn
 
-from fedflow.environments import PocEnv
+from fedflow.environments.poc import PocEnv
 from fedflow.local import FunctionWorkload
 from fedflow.recipe import Federation, Recipe
 
@@ -71,17 +71,20 @@ class Peaks:
                     with suppress(psutil.Error, OSError):
                         role = _role(child.cmdline())
                         for process in (child, *child.children(recursive=True)):
-                            with suppress(OSError):
-                                self.of.setdefault(role, {})[process.pid] = _peak(process.pid)
+                            if peak := _peak(process.pid):
+                                self.of.setdefault(role, {})[process.pid] = peak
 
 
 def _role(command: list[str]) -> str:
     return command[command.index("--pool") + 1] if "--pool" in command else "server and database"
 
 
-def _peak(pid: int) -> float:
-    line = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024
+def _peak(pid: int) -> float | None:
+    """None of a process that has ended."""
+    with suppress(OSError):
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")), None)
+    return None
 
 
 def main() -> None:
@@ -113,7 +116,7 @@ def main() -> None:
         peaks = stack.enter_context(Peaks())
         env = stack.enter_context(PocEnv(Federation.of(options.sites), home=home, store=store))
         run = env.execute(recipe)
-        run.wait()
+        run.result()
         manifests = [run.journal.manifest(number, "train") for number in range(options.rounds)]
         seconds = [(m.committed - m.opened).total_seconds() for m in manifests if m and m.opened]
         aggregations = [m.seconds for m in manifests if m and m.seconds]

@@ -89,11 +89,9 @@ _TILE = 1 << 16  # elements whose float64 values fit into a core's cache
 
 def _add_scaled(total: Tensor, tensor: Tensor, weight: float) -> None:
     """total ← total + weight·tensor in float64, product and sum each rounded once; without temporaries of their size."""
-    into, values = total.view(-1), tensor.reshape(-1)
-    scratch = torch.empty(min(_TILE, len(values)), dtype=torch.float64)
-    for start in range(0, len(values), _TILE):
-        tile = values[start : start + _TILE]
-        into[start : start + _TILE].add_(scratch[: len(tile)].copy_(tile).mul_(weight))
+    scratch = torch.empty(min(_TILE, tensor.numel()), dtype=torch.float64)
+    for into, tile in zip(total.view(-1).split(_TILE), tensor.reshape(-1).split(_TILE), strict=True):
+        into.add_(scratch[: len(tile)].copy_(tile).mul_(weight))
 
 
 def cast(value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.deployed [--mebibytes 512] [--sites 4] [--rounds 4] [--s3] [--folder DIR]
 
-A PocEnv: Prefect server, a worker a site, the coordinator's. A site adds a number to every parameter, so that every object of
+A PocEnv: Prefect server, a worker a site, the coordinator's. A site takes one step on one number and adds another to every parameter, so that every object of
 every round is another one. Memory is VmHWM, the largest of all processes of a role, forked from a worker that has imported
 torch; it is read all the time, since processes end with their flow run. The first round is not counted: it warms the workers.
 """
@@ -31,14 +31,17 @@ LAYER = 16  # MiB
 
 
 class Big(nn.Module):
-    """Layers of 16 MiB."""
+    """Layers of 16 MiB, and one small parameter to train."""
 
     def __init__(self, mebibytes: int) -> None:
         super().__init__()
         self.layers = nn.ParameterList(torch.full((1024, LAYER << 8), float(i)) for i in range(mebibytes // LAYER))
+        self.small = nn.Parameter(torch.zeros(1))
 
 
-def add(model: nn.Module, data: list[float], config: Any) -> None:
+def add(model: Big, data: list[float], config: Any) -> None:
+    model.small.grad = torch.ones(1)
+    torch.optim.SGD(model.parameters(), lr=1.0).step()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(data[0])

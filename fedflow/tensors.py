@@ -90,7 +90,7 @@ _TILE = 1 << 16  # elements whose float64 values fit into a core's cache
 def _add_scaled(total: Tensor, tensor: Tensor, weight: float) -> None:
     """total ← total + weight·tensor in float64, product and sum each rounded once; without temporaries of their size."""
     scratch = torch.empty(min(_TILE, tensor.numel()), dtype=torch.float64)
-    for into, tile in zip(total.view(-1).split(_TILE), tensor.reshape(-1).split(_TILE), strict=True):
+    for into, tile in zip(torch.split(total.view(-1), _TILE), torch.split(tensor.reshape(-1), _TILE), strict=True):
         into.add_(scratch[: len(tile)].copy_(tile).mul_(weight))
 
 

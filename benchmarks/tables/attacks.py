@@ -84,7 +84,7 @@ def _draw(axes: Any, found: Mapping[tuple[str, str], list[Result]]) -> None:
         axes.bar([k + 0.2 * i for k in range(len(REDUCTIONS))], middle, 0.18, yerr=errors, label=attack)
     axes.set_xticks([k + 0.3 for k in range(len(REDUCTIONS))], list(REDUCTIONS), rotation=30, ha="right")
     axes.set(ylabel="accuracy (%)")
-    axes.legend()
+    axes.figure.legend(loc="outside upper center", ncols=len(ATTACKS))
 
 
 if __name__ == "__main__":

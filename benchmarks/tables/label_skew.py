@@ -90,15 +90,20 @@ def _cell(rounds: list[int | None], most: int) -> str:
 
 
 def _draw(axes: Any, found: Mapping[tuple[str, float, int], list[int | None]], args: argparse.Namespace) -> None:
-    for name in ALGORITHMS:
+    for name, line in zip(ALGORITHMS, ("-", "-", "--", "-", ":", "-."), strict=True):  # some lie upon each other
         points = [
             (e, sorted(args.rounds if r is None else r for r in found[name, args.similarity[0], e]))
             for e in args.epochs
             if (name, args.similarity[0], e) in found
         ]
-        axes.plot([e for e, _ in points], [r[len(r) // 2] for _, r in points], marker="o", label=name)
+        axes.plot([e for e, _ in points], [r[len(r) // 2] for _, r in points], marker="o", linestyle=line, label=name)
         axes.fill_between([e for e, _ in points], [r[0] for _, r in points], [r[-1] for _, r in points], alpha=0.15)
-    axes.set(xlabel="local epochs", ylabel="rounds", yscale="log", title=f"similarity {args.similarity[0]:.0%}")
+    title = f"similarity {args.similarity[0]:.0%}"
+    axes.set(xlabel="local epochs", ylabel="rounds", xscale="log", yscale="log", title=title)
+    axes.minorticks_off()
+    axes.set_xticks(args.epochs, [str(e) for e in args.epochs])
+    rounds = [r for r in (10, 20, 50, 100, 200) if r < args.rounds]
+    axes.set_yticks(rounds, [str(r) for r in rounds])
     axes.legend()
 
 

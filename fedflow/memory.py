@@ -1,4 +1,4 @@
-"""Giving memory back."""
+"""What a process does with its memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-__all__ = ["keep_freed", "tidy", "tidy_after"]
+__all__ = ["keep_freed", "settle", "tidy", "tidy_after"]
 
 
 def tidy() -> None:
@@ -36,6 +36,15 @@ def keep_freed() -> None:
     if sys.platform == "linux" and hasattr(libc, "mallopt"):
         for option, value in ((_THRESHOLD, 32 << 20), (_TRIM, 1 << 30), (_ARENAS, 1)):
             libc.mallopt(option, value)
+
+
+def settle() -> None:
+    """What is imported by now stays for good: neither the garbage collector nor whoever searches its objects need look at it again.
+
+    For processes of our own that train many sites: a session that looks for the schedulers of an optimizer searches the heap.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def tidy_after(round: int, every: int) -> None:

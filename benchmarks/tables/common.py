@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import multiprocessing
 import os
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 
 from fedflow.engine.simulate import die_with_parent, simulate
+from fedflow.memory import settle
 from fedflow.recipe import Recipe
 from fedflow.store.journal import Journal
 from fedflow.types import canonical_json
@@ -145,14 +147,16 @@ def _made(runs: Sequence[Run], workers: int) -> Iterator[tuple[Run, Result]]:
 
 def _begin() -> None:
     """A worker has one thread, and ends when the process that started it does, killed or not."""
+    importlib.import_module("torch._dynamo")  # what a first optimizer step imports
     torch.set_num_threads(1)
     die_with_parent()
+    settle()
 
 
 def _run(run: Run) -> Result:
     started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="fedflow-table-") as store:
-        metrics, up, down = _measured(simulate(run.recipe, list(run.sites), store=store))
+    with tempfile.TemporaryDirectory(prefix="fedflow-table-") as folder:
+        metrics, up, down = _measured(simulate(run.recipe, list(run.sites), store=f"{folder}/store"))
     return Result(metrics, up, down, time.monotonic() - started)
 
 

@@ -19,6 +19,7 @@ from fedflow.engine.aggregation import evaluate_round
 from fedflow.engine.rounds import amend_run, close_round, commit_round, next_step, open_round, start_run, survey
 from fedflow.engine.site import SiteWork, site_step
 from fedflow.errors import FedflowError, UserError, field_error
+from fedflow.memory import settle
 from fedflow.recipe import Recipe, SiteConfig
 from fedflow.store.journal import Journal
 from fedflow.store.objects import ObjectStore
@@ -123,7 +124,12 @@ def _pool(workers: int) -> ProcessPoolExecutor:
     context.set_forkserver_preload(
         ["fedflow.engine", "torch._dynamo"]
     )  # the latter: what a first optimizer step imports
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=die_with_parent)
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_begin)
+
+
+def _begin() -> None:
+    die_with_parent()
+    settle()
 
 
 def die_with_parent() -> None:

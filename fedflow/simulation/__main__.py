@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from fedflow.engine import simulate
 from fedflow.engine.rounds import recording_outcome
 from fedflow.errors import FedflowError, RoundAborted
+from fedflow.memory import settle
 from fedflow.store.journal import Journal
 from fedflow.store.objects import ObjectStore
 
@@ -21,6 +22,7 @@ def main(spec: dict[str, object]) -> int:
     run, url = str(spec["run"]), str(spec["store"])
     journal = Journal(ObjectStore(url, spec.get("store_options")), run)  # type: ignore[arg-type]
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    settle()
     try:
         with recording_outcome(journal), _stoppable():
             simulate(

@@ -568,7 +568,8 @@ def _open_cloud(
 def _plain_http(options: Mapping[str, Any]) -> bool:
     """Whether the endpoint is an http:// one: who names it, means it."""
     named = [str(value) for name, value in options.items() if "endpoint" in name.lower()]
-    named += [os.environ.get(name, "") for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")]
+    variables = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT")
+    named += [os.environ.get(name, "") for name in variables]
     return any(value.startswith("http://") for value in named)
 
 

@@ -92,14 +92,14 @@ def play(cells: Runs, args: argparse.Namespace) -> dict[Any, list[Result]]:
     cells = {cell: [r for r in runs if _chosen(r, args.only)] for cell, runs in cells.items()}
     known = _known(args.results)
     missing = {canonical_json(r.key): r for runs in cells.values() for r in runs if canonical_json(r.key) not in known}
-    _tell(f"{sum(map(len, cells.values()))} runs, of which {len(missing)} are to be made; {args.results}")
+    tell(f"{sum(map(len, cells.values()))} runs, of which {len(missing)} are to be made; {args.results}")
     started = time.monotonic()
     for done, (run, result) in enumerate(_made(list(missing.values()), args.workers), start=1):
         _keep(args.results, run, result)
         known[canonical_json(run.key)] = asdict(result)
         left = (time.monotonic() - started) / done * (len(missing) - done) / 60
         told = f"{run.fields['name']}: {len(result.metrics)} rounds, {result.seconds:.0f} s"
-        _tell(f"[{done}/{len(missing)}] {told}; about {left:.0f} min left")
+        tell(f"[{done}/{len(missing)}] {told}; about {left:.0f} min left")
     if args.only is not None:
         sys.exit(0)
     return {cell: [Result(**known[canonical_json(r.key)]) for r in runs] for cell, runs in cells.items()}
@@ -109,7 +109,7 @@ def _chosen(run: Run, only: str | None) -> bool:
     return only is None or str(run.fields["name"]).startswith(only)
 
 
-def _tell(text: str) -> None:
+def tell(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 

@@ -599,7 +599,8 @@ def test_a_digest_is_that_of_the_blake3_test_vectors() -> None:
 def test_a_reference_has_a_digest_a_chunk_where_there_are_several(size: int, chunks: int) -> None:
     data = bytes(size)
     ref = ObjectRef.of("a/b", memoryview(data))
-    assert (ref.key, ref.size, ref.digest, len(ref.chunks)) == ("a/b", size, digest(data), chunks)
+    hashed = b"".join(bytes.fromhex(chunk.removeprefix("blake3:")) for chunk in ref.chunks) or data
+    assert (ref.key, ref.size, ref.digest, len(ref.chunks)) == ("a/b", size, digest(hashed), chunks)
     assert all(found == digest(data[i * CHUNK_SIZE : (i + 1) * CHUNK_SIZE]) for i, found in enumerate(ref.chunks))
     assert ObjectRef.from_json(json.loads(json.dumps(ref.to_json()))) == ref
 

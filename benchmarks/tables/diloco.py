@@ -123,7 +123,7 @@ def main() -> None:
         h={"type": int, "default": 50, "help": "H of the variations"},
         all_h={"type": int, "nargs": "+", "default": [1, 5, 10, 25, 50, 100, 250]},
         pretraining={"type": int, "default": 3000, "help": "steps before all that"},
-        lr={"type": float, "default": 0.001, "help": "of AdamW at the sites"},
+        lr={"type": float, "default": 0.0005, "help": "of AdamW at the sites"},
         megabytes={"type": float, "default": 4.0, "help": "of source text"},
         subset={
             "action": "store_true",

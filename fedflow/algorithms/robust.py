@@ -99,7 +99,7 @@ class TrimmedMean(Reduction):
 
     def combine(self, values: Tensor, shares: Tensor) -> Tensor:
         ordered = values.sort(dim=0).values
-        return ordered[self.byzantine : len(ordered) - self.byzantine].mean(dim=0)
+        return _mean(ordered[self.byzantine : len(ordered) - self.byzantine])
 
 
 class GeometricMedian(Reduction):
@@ -176,7 +176,7 @@ class Bulyan(Krum):
 
     def combine(self, values: Tensor, shares: Tensor) -> Tensor:
         near = (values - _median(values)).abs().sort(dim=0, stable=True).indices
-        return values.gather(0, near[: len(values) - 2 * self.byzantine]).mean(dim=0)
+        return _mean(values.gather(0, near[: len(values) - 2 * self.byzantine]))
 
 
 class NormClip(Reduction):
@@ -260,6 +260,15 @@ def krum_order(distances: Tensor, f: int) -> list[int]:
     n = len(distances)
     nearest = distances.sort(dim=1).values[:, 1 : 1 + max(n - f - 2, 1)]  # the first is the update itself
     return sorted(range(n), key=lambda i: (math.fsum(nearest[i].tolist()), i))
+
+
+def _mean(values: Tensor) -> Tensor:
+    """Over the first dimension, one row after the other: torch's own order of a sum depends on how many columns there are, and
+    so on how the names are partitioned."""
+    total = values[0].clone()
+    for row in values[1:]:
+        total += row
+    return total / len(values)
 
 
 def _among(picked: Sequence[int], n: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import permutations
@@ -224,8 +225,27 @@ class _Object:
     _unchanged: list[Part] = field(default_factory=list)
     _stream: Stream | None = None
 
+    def __post_init__(self) -> None:
+        self._names, self._row = deque(self.spec), 0  # what comes next
+
+    def _pass(self, name: str, rows: Rows) -> None:
+        """Raises FedflowError unless this is what comes next in the layout: else bytes would lie under other names."""
+        first, last = (0, None) if rows is None else rows
+        if not self._names or (name, first) != (self._names[0], self._row):
+            expected = f"{self._names[0]} from row {self._row} on" if self._names else "nothing more"
+            raise FedflowError(
+                f"{self.output.kind} {self.output.name}: found {name} from row {first} on, expected {expected}; make no names of "
+                "your own, or say `partitionable = False`"
+            )
+        whole = last is None or last == self.spec[name].shape[0]
+        self._row = 0 if whole or last is None else last
+        if whole:
+            self._names.popleft()
+
     def add(self, part: Part, tensors: Tensors, old: Callable[[Output], Tensors]) -> None:
         """Append `tensors`, of that part."""
+        for name in tensors:
+            self._pass(name, part[name])
         if self._stream is None and self.old is not None and _equal(tensors, old(self.output)):
             self._unchanged.append({name: part[name] for name in tensors})
             return

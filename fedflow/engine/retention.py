@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from fedflow.engine.rounds import best_round, key_metrics
-from fedflow.errors import ObjectCorrupt, ObjectMissing
+from fedflow.engine.updates import MOST_MANIFEST
+from fedflow.errors import ObjectCorrupt, ObjectMissing, StoreError, StoreUnavailable
 from fedflow.store.journal import INITIAL, Journal
 from fedflow.store.objects import ObjectRef
 from fedflow.store.reading import Reader
@@ -43,7 +44,10 @@ def garbage(journal: Journal, policy: Policy) -> dict[str, str]:
     aggregating = any(c.quorate for p in plans if (p.round, p.phase) not in committed for c in journal.closings(p))
     chosen = _chosen(journal, policy, manifests)
     kept = {ref.key for m in manifests if m.round in chosen for ref in m.objects()}
-    kept |= {key for m in manifests if m.round in chosen for key in _update_keys(journal, _closing(journal, m))}
+    of_updates = {key for m in manifests if m.round in chosen for key in _update_keys(journal, _closing(journal, m))}
+    kept |= {
+        key for key in there if key in of_updates or key.startswith(tuple(k for k in of_updates if k.endswith("/")))
+    }
     oldest = _oldest_base(plans, committed)
     kept |= {ref.key for plan in plans if plan.round >= oldest for ref in plan.broadcast.values()}
     named = {ref.key for m in manifests for ref in m.objects()}
@@ -75,9 +79,10 @@ def _manifests(journal: Journal) -> list[Manifest]:
 
 
 def _planned(journal: Journal) -> list[tuple[int, str]]:
-    keys = journal.store.list(f"{journal.public}/rounds")
+    """Rounds and phases with a plan, in the order in which they were planned."""
+    keys, phases = journal.store.list(f"{journal.public}/rounds"), journal.recipe().algorithm.phases
     found = (re.search(r"/rounds/(\d+)/([^/]+)/plan\.json$", key) for key in keys)
-    return sorted((int(m[1]), m[2]) for m in found if m)
+    return sorted(((int(m[1]), m[2]) for m in found if m), key=lambda step: (step[0], phases.index(step[1])))
 
 
 def _chosen(journal: Journal, policy: Policy, manifests: list[Manifest]) -> set[int]:
@@ -93,14 +98,12 @@ def _chosen(journal: Journal, policy: Policy, manifests: list[Manifest]) -> set[
 
 
 def _oldest_base(plans: list[Plan], committed: set[tuple[int, str]]) -> int:
-    """The oldest round that an update may start from which is still to count, in the newest plan or in the one after it."""
-    if not plans:
-        return 0
-    newest = plans[-1]
-    done = (newest.round, newest.phase) in committed
-    return newest.accept_bases[0] + int(
-        done and newest.accept_bases[0] > 0
-    )  # from 0 on it may only seem to be the oldest
+    """The oldest round that an update may start from which is still to count, in a plan that is not committed or in the next."""
+    waiting = [plan.accept_bases[0] for plan in plans if (plan.round, plan.phase) not in committed]
+    if waiting or not plans:
+        return min(waiting, default=0)
+    oldest = plans[-1].accept_bases[0]
+    return oldest + int(oldest > 0)  # from 0 on it may only seem to be the oldest
 
 
 def _closing(journal: Journal, manifest: Manifest) -> Closing | None:
@@ -110,10 +113,16 @@ def _closing(journal: Journal, manifest: Manifest) -> Closing | None:
 
 
 def _update_keys(journal: Journal, closing: Closing | None) -> Iterator[str]:
-    """Objects of the updates that a closing counts."""
+    """Objects of the updates that a closing counts; the folder of an update whose manifest cannot be read."""
     for contribution in closing.contributors.values() if closing else ():
-        update = UpdateManifest.from_bytes(journal.store.get(contribution.key))
-        yield from (ref.key for ref in update.groups.values())
+        try:
+            update = UpdateManifest.from_bytes(journal.store.get(contribution.key, at_most=MOST_MANIFEST))
+        except StoreUnavailable:
+            raise
+        except (ValueError, StoreError):
+            yield contribution.key.rpartition("/")[0] + "/"
+        else:
+            yield from (ref.key for ref in update.groups.values())
 
 
 # -- checking ----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedflow.errors import ObjectCorrupt, ObjectMissing, StoreError, StoreUnavailable, UpdateInvalid
+from fedflow.errors import StoreError, StoreUnavailable, UpdateInvalid
 from fedflow.store.journal import Journal, first_problem
 from fedflow.store.objects import CHUNK_SIZE, ObjectRef
 from fedflow.store.records import Contribution, ContributorSummary, Plan, UpdateManifest
@@ -25,6 +25,7 @@ __all__ = ["Checks", "Contributor", "as_update"]
 MOST_MANIFEST = 16 << 20  # bytes; the digests of an object of 1 TiB take 5 MiB
 MOST_METRICS = 1000
 LONGEST_NAME = 200  # characters of a metric's or a scalar's name
+LONGEST_REASON = 2000  # characters
 
 
 def as_update(manifest: UpdateManifest, tensors: Groups) -> Update:
@@ -74,10 +75,12 @@ class Checks:
 
     def judge(self, site: SiteId, key: str) -> Contribution | str | None:
         """A contribution, or the reason why not; None for an update that counted in an earlier round."""
+        found = self._judged(site, key)
+        return _told(found) if isinstance(found, str) else found
+
+    def _judged(self, site: SiteId, key: str) -> Contribution | str | None:
         try:
-            if (size := self.journal.store.size(key)) > MOST_MANIFEST:
-                return f"manifest: found {size} bytes, expected at most {MOST_MANIFEST}"
-            update = UpdateManifest.from_bytes(self.journal.store.get(key))
+            update = UpdateManifest.from_bytes(self.journal.store.get(key, at_most=MOST_MANIFEST))
             if update.update_digest() == self.plan.tasks[site].state_base:
                 return None
             self._check_header(site, key, update)
@@ -157,6 +160,11 @@ class Checks:
             )
 
 
+def _told(reason: str) -> str:
+    """A reason that may quote a site, fit for a record that everybody reads."""
+    return reason.encode("utf-8", "backslashreplace").decode()[:LONGEST_REASON]
+
+
 @dataclass(frozen=True)
 class Contributor:
     """One update that counts, read a bucket at a time, every byte verified."""
@@ -167,10 +175,11 @@ class Contributor:
 
     @cached_property
     def manifest(self) -> UpdateManifest:
+        key = self.contribution.key
         try:
-            manifest = UpdateManifest.from_bytes(self.journal.store.get(self.contribution.key))
-        except (ValueError, ObjectMissing) as error:
-            raise self._invalid(f"{self.contribution.key}: {error}") from error
+            manifest = UpdateManifest.from_bytes(self._verified(self.journal.store.get, key, at_most=MOST_MANIFEST))
+        except ValueError as error:
+            raise self._invalid(f"{key}: {first_problem(error)}") from error
         if manifest.update_digest() != self.contribution.update:
             raise self._invalid(
                 f"{self.contribution.key}: found {manifest.update_digest()}, expected {self.contribution.update}"
@@ -231,15 +240,18 @@ class Contributor:
                     moved[group][name] = cast(y.double() + (now[name].double() - then[name].double()), y.dtype)
         return moved
 
-    def _verified(self, read: Any, *args: Any) -> Any:
+    def _verified(self, read: Any, *args: Any, **options: Any) -> Any:
+        """What the site's own objects give: whatever is wrong with them is the site's fault, an outage nobody's."""
         try:
-            return read(*args)
-        except (ObjectCorrupt, ObjectMissing) as error:
+            return read(*args, **options)
+        except StoreUnavailable:
+            raise
+        except StoreError as error:
             raise self._invalid(str(error)) from error
 
     def _invalid(self, reason: str) -> UpdateInvalid:
         site = self.contribution.key.split("/")[1]
-        return UpdateInvalid(reason, run=self.plan.run, round=self.plan.round, site=site)
+        return UpdateInvalid(_told(reason), run=self.plan.run, round=self.plan.round, site=site)
 
     def summary(self, weight: float) -> ContributorSummary:
         m = self.manifest

@@ -688,13 +688,14 @@ class _Cloud:
         _obstore().delete(self._store, self._prefix + key)
 
     def sweep(self, age: timedelta) -> None:
-        """S3's multipart uploads: it keeps, unseen, what a dead writer sent, and charges for it. Where listing or aborting them is
-        not allowed, and on GCS and Azure, a lifecycle rule has to do it.
+        """S3's multipart uploads, by when they were begun: it keeps, unseen, what a dead writer sent, and charges for it. Where
+        keys are not given, or do not allow it, and on GCS and Azure, a lifecycle rule has to do it.
         """
         from obstore.store import S3Store
 
-        if isinstance(self._store, S3Store):
-            with suppress(OSError, ImportError):
+        known = "access_key_id" in getattr(self._store, "config", {}) or "AWS_ACCESS_KEY_ID" in os.environ
+        if isinstance(self._store, S3Store) and known:
+            with suppress(Exception):  # botocore has errors of its own; nothing depends on this
                 _abort_uploads(self._store, self._prefix, before=datetime.now(UTC) - age)
 
     def explain(self, exc: Exception, what: str) -> StoreError | None:
@@ -722,7 +723,7 @@ class _Cloud:
 
 
 def _abort_uploads(store: S3Store, prefix: str, before: datetime) -> None:
-    """What obstore cannot do, s3fs does. Raises OSError."""
+    """What obstore cannot do, s3fs does; the first thousand of them. Raises what botocore raises."""
     from s3fs import S3FileSystem
 
     config = store.config
@@ -732,6 +733,7 @@ def _abort_uploads(store: S3Store, prefix: str, before: datetime) -> None:
         token=config.get("session_token"),
         endpoint_url=config.get("endpoint"),
         client_kwargs={"region_name": config["region"]} if "region" in config else {},
+        config_kwargs={"connect_timeout": 5, "read_timeout": 10, "retries": {"max_attempts": 1}},
         skip_instance_cache=True,
     )
     below = f"{store.prefix}/{prefix}" if store.prefix else prefix

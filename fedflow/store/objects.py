@@ -235,10 +235,15 @@ class ObjectStore:
         with self._errors(mode, self._checked(key)):
             write(key, _flat(data))
 
-    def get(self, key: str) -> bytes:
-        """All bytes of the object, unverified. Raises ObjectMissing."""
+    def get(self, key: str, *, at_most: int | None = None) -> bytes:
+        """All bytes of the object, unverified. Raises ObjectMissing, and ObjectCorrupt where there are more than `at_most`."""
         with self._errors("read", self._checked(key)):
-            return self._backend.get(key)
+            if at_most is None:
+                return self._backend.get(key)
+            data, size = self._backend.get_sized(key, 0, at_most)
+        if size > at_most:
+            raise ObjectCorrupt(f"{self.url}: found {size} bytes in {key!r}, expected at most {at_most}")
+        return data
 
     def get_range(self, key: str, start: int, end: int) -> bytes:
         """Bytes start..end (exclusive) of the object, all of them, unverified. Raises ObjectMissing, ObjectCorrupt."""

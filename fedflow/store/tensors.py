@@ -49,6 +49,7 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _RANK = {dtype: rank for rank, dtype in enumerate(_DTYPES.values())}
 _MAX_HEADER = 100_000_000  # bytes; the library's own limit
 _MOST_HEADERS = 64 << 10  # bytes that hold the header of most models
+_MOST_DIMENSIONS = 64  # torch's own limit
 _METADATA = "__metadata__"
 
 Rows = tuple[int, int] | None
@@ -253,11 +254,14 @@ def _header_of(ref: ObjectRef, read: Callable[[int, int], bytes]) -> dict[str, _
         ordered = dict(sorted(found.items(), key=lambda item: item[1][1:]))
         _check_gapless(list(ordered.values()), 8 + length, ref.size)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ObjectCorrupt(f"{ref.key}: found a header that is not safetensors: {error}") from error
+        why = ascii(str(error))[1:-1][:500]  # it quotes what somebody else wrote
+        raise ObjectCorrupt(f"{ref.key}: found a header that is not safetensors: {why}") from error
     return ordered
 
 
 def _entry(entry: Mapping[str, Any], base: int) -> _Entry:
+    if len(entry["shape"]) > _MOST_DIMENSIONS:
+        raise ValueError(f"found {len(entry['shape'])} dimensions, expected at most {_MOST_DIMENSIONS}")
     spec = TensorSpec(tuple(map(_count, entry["shape"])), _DTYPES[entry["dtype"]])
     start, end = map(_count, entry["data_offsets"])
     if end - start != prod(spec.shape) * spec.dtype.itemsize:

@@ -57,6 +57,19 @@ def krum(points: Points, f: int) -> int:
     return int(np.argmin(scores))
 
 
+@pytest.mark.parametrize("kind", ["median", "trimmed_mean", "bulyan", "geometric_median", "multi_krum"])
+def test_no_bit_depends_on_how_many_columns_are_reduced_together(kind: str) -> None:
+    """float64, in which nothing is hidden by a rounding."""
+    reduction = kind if kind in ("median", "geometric_median") else {"kind": kind, "byzantine": 1}
+    points = torch.randn(9, 37, generator=torch.Generator().manual_seed(0), dtype=torch.float64).tolist()
+    chosen = FedAvg(reduction=reduction).reduction
+    values, shares = torch.tensor(points, dtype=torch.float64), torch.full((9,), 1 / 9, dtype=torch.float64)
+    whole = chosen.combine(values, shares)
+    for split in (1, 3, 8, 20, 36):
+        apart = torch.cat([chosen.combine(part, shares) for part in values.split([split, 37 - split], dim=1)])
+        assert torch.equal(apart, whole)
+
+
 GRID = st.lists(st.lists(st.integers(-50, 50).map(float), min_size=3, max_size=3), min_size=7, max_size=11)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import given, settings
@@ -15,7 +16,8 @@ from fedflow.errors import ObjectMissing
 from fedflow.store.journal import Journal
 from fedflow.store.objects import ObjectStore
 from fedflow.testing.faults import fail_at
-from tests.builders import OBJECTS, bits, flip, head, in_child, keys, path_of, recipe, run, run_with
+from fedflow.types import RoundContext
+from tests.builders import OBJECTS, Bounded, bits, flip, head, in_child, keys, path_of, recipe, run, run_with
 
 
 def kept_models(journal: Journal, rounds: int) -> list[int]:
@@ -71,6 +73,32 @@ def test_whatever_a_killed_process_leaves_does_no_harm_and_does_not_stay(step: A
     drop(journal, garbage(journal, Policy(best=False)))
     named = {ref.key for ref in head(journal).objects()}
     assert {key for key in keys(journal.store, OBJECTS) if not key.startswith("sites/")} == named
+
+
+class Wished(Bounded):
+    """`Bounded` whose phases are not in the order of their names."""
+
+    kind: Any = "wished"
+    phases: ClassVar[tuple[str, ...]] = ("wish", "train")
+
+    def expects(self, state: Any, phase: str) -> Any:
+        return super().expects(state, phase.replace("wish", "bound"))
+
+    def server_update(self, state: Any, aggregate: Any, ctx: RoundContext) -> Any:
+        return super().server_update(state, aggregate, replace(ctx, phase=ctx.phase.replace("wish", "bound")))
+
+    def site_update(self, broadcast: Any, site_state: Any, work: Any, ctx: RoundContext) -> Any:
+        return super().site_update(broadcast, site_state, work, replace(ctx, phase=ctx.phase.replace("wish", "bound")))
+
+
+def test_updates_of_a_phase_that_is_being_aggregated_are_kept(tmp_path: Path) -> None:
+    store, fields = str(tmp_path / "store"), {"algorithm": "tests.engine.test_retention:Wished", "rounds": 2}
+    expected = bits(run(recipe(**fields)))
+    assert in_child(run_with, fail_at("manifest", round=1, nth=2), fields, store, {}) == -9
+    found = garbage(opened(store), Policy(best=False))
+    drop(opened(store), found)
+    assert found and not any("/00001/train/" in key for key in found)
+    assert bits(run(recipe(**fields), store)) == expected
 
 
 def opened(store: str) -> Journal:

@@ -181,14 +181,18 @@ def entry(dtype: str = "F32", shape: Any = (4,), offsets: Any = (0, 16)) -> dict
         header(entry(shape=(2,), offsets=(0, 8)) | {"b": entry(shape=(3,), offsets=(4, 16))["a"]}),  # overlapping
         header(entry() | {"b": entry()["a"]}),
         header({}),
+        header(entry(shape=[2**62] * 50_000)),  # whose product would take minutes
+        header(entry(shape=("\ud800",))),  # which no record can hold
+        header(entry(dtype="F" * 3_000_000)),
     ],
-    ids=range(26),
+    ids=range(29),
 )
 def test_what_is_no_safetensors_file_is_named(store: ObjectStore, data: bytes) -> None:
     ref = store.write("objects", data, ".safetensors")
     for read in (read_tensors, read_spec):
-        with pytest.raises(ObjectCorrupt, match=ref.key):
+        with pytest.raises(ObjectCorrupt, match=ref.key) as caught:
             read(store, ref)
+        assert len(str(caught.value).encode()) < 2000
 
 
 def test_a_reference_that_does_not_match_its_object_is_named(store: ObjectStore) -> None:

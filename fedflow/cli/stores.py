@@ -19,7 +19,7 @@ app = typer.Typer(help="What a run keeps in the object store.", no_args_is_help=
 
 @app.command()
 def verify(run_id: RunId, home: Home = HOME, store: Store = None, as_json: AsJson = False) -> None:
-    """Read every object of RUN and check it, and the chain of its commits.
+    """Read every object that a commit of RUN names and check it, and the chain of the commits.
 
     Exit code 1 where anything is not as it was written.
     """

@@ -137,13 +137,16 @@ class Checked:
 
 
 def check_run(journal: Journal) -> Checked:
-    """Read every object that a commit names, byte by byte, and follow the chain of the commits. Memory holds a chunk's part."""
+    """Read every object that a commit names, byte by byte, and follow the chain of the commits. Memory holds a chunk's part.
+
+    The updates that a commit was made of are not read: it does not rest upon them any more.
+    """
     found, seen = Checked(), set[ObjectRef]()
     manifests = _in_order(_manifests(journal), journal.recipe().algorithm.phases)
     for before, after in zip([None, *manifests], manifests, strict=False):
         name = f"round {after.round}, {after.phase}"
-        if before is not None and after.parent != before.digest():
-            found.problems.append(f"{name}: found the parent {after.parent}, expected {before.digest()}")
+        if after.parent != (expected := before.digest() if before else None):
+            found.problems.append(f"{name}: found the parent {after.parent}, expected {expected}")
         if after.closing and _closing(journal, after) is None:
             found.problems.append(f"{name}: found no closing {after.closing_digest}, expected it at {after.closing}")
         for ref in after.objects():

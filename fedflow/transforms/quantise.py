@@ -79,7 +79,10 @@ _LIKE = "like"
 
 class Cast(_Narrow):
     """Differences as 16-bit floats: half the bytes. float16 keeps 11 bits of each number and overflows at 65504, which
-    excludes the update; bfloat16 keeps 8 bits and float32's range."""
+    excludes the update; bfloat16 keeps 8 bits and float32's range. Of a broadcast, all but buffers: a late update's are moved by
+    the difference of two broadcasts."""
+
+    exact: ClassVar[frozenset[str]] = frozenset({"buffers"})
 
     kind: Literal["cast"] = "cast"
     dtype: Literal["float16", "bfloat16"] = "bfloat16"

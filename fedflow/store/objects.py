@@ -502,7 +502,7 @@ class ObjectStore:
         except FedflowError:
             raise
         except Exception as exc:
-            what = f"{self.url}: cannot {action} {key!r}"
+            what = f"{self.url}: cannot {action} {key if len(key) <= 500 else key[:500] + '…'!r}"
             known = self._backend.explain(exc, what)
             if known is None:
                 raise

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import permutations
+from math import prod
 from typing import Literal, NamedTuple
 
 import torch
@@ -110,6 +111,11 @@ def _extended(name: str, spec: TensorSpec | None, tensor: Tensor, rows: Rows) ->
         return TensorSpec(tuple(tensor.shape), tensor.dtype)
     if rows is None:
         raise FedflowError(f"{name}: found it made of two parts of the names, expected one; make no names of your own")
+    if not spec.shape or spec.shape[1:] != tensor.shape[1:]:
+        raise FedflowError(
+            f"{name}: found {spec} and {TensorSpec(tuple(tensor.shape), tensor.dtype)} made of its rows, expected rows that fit "
+            "together; say `by_rows = False` where whole tensors are needed"
+        )
     return TensorSpec((spec.shape[0] + len(tensor), *spec.shape[1:]), spec.dtype)
 
 
@@ -255,8 +261,10 @@ class _Object:
 
     def _begin(self) -> None:
         """The header, and what did not change so far."""
-        self._stream = Stream(self.store, self.key)
-        self._stream.push(header(self.spec))
+        head = header(self.spec)
+        size = len(head) + sum(prod(spec.shape) * spec.dtype.itemsize for spec in self.spec.values())
+        self._stream = Stream(self.store, self.key, size)
+        self._stream.push(head)
         if self.old is not None and self._unchanged:
             reader = TensorReader(self.store, self.old)
             for part in self._unchanged:

@@ -137,7 +137,7 @@ class Checks:
                 raise UpdateInvalid(f"{group}: found an object outside {own}: {ref.key}")
             expected = self.spec[group]
             self._check_size(group, ref, expected)
-            found = read_spec(self.journal.store, ref)
+            found = read_spec(self.journal.store, ref, largest_header=_largest_header(expected))
             missing = [] if self.recipe.computation.partial_updates else sorted(expected.keys() - found.keys())
             extra = sorted(found.keys() - expected.keys())
             if missing or extra:
@@ -145,19 +145,22 @@ class Checks:
             for name, spec in found.items():
                 if spec != expected[name]:
                     raise UpdateInvalid(f"{group}/{name}: found {spec}, expected {expected[name]}")
-            if list(found) != file_order(
-                found
-            ):  # else every part of it might be anywhere, and reading it take for ever
+            if list(found) != file_order(found):  # else a part might be anywhere in it, and reading it take for ever
                 raise UpdateInvalid(f"{group}: found its tensors in another order than safetensors.torch.save writes")
 
     def _check_size(self, group: str, ref: ObjectRef, expected: Mapping[str, TensorSpec]) -> None:
         """Nothing is read that could not be an update: a reference says how much of an object is held in memory at once."""
         most = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in expected.values())
-        most += sum(len(name) for name in expected) + 256 * (len(expected) + 4)  # the header
+        most += 8 + _largest_header(expected)
         if ref.size > most or ref.chunk_size != CHUNK_SIZE:
             raise UpdateInvalid(
                 f"{group}: found an object of {ref.size} bytes in chunks of {ref.chunk_size}, expected at most {most} in chunks of {CHUNK_SIZE}"
             )
+
+
+def _largest_header(expected: Mapping[str, TensorSpec]) -> int:
+    """Bytes, with names escaped as JSON allows it and some metadata."""
+    return sum(6 * len(name.encode()) + 24 * len(spec.shape) + 128 for name, spec in expected.items()) + 1024
 
 
 def _told(reason: str) -> str:

@@ -76,6 +76,7 @@ _CLIENT: dict[str, float] = {
 _RETRY = {"max_retries": 100, "retry_timeout": 60, "backoff": {"init_backoff": 0.1, "max_backoff": 60, "base": 3}}
 _DOWNLOAD, _DOWNLOADS = 8 << 20, 4  # bytes a request, requests at once
 _UPLOAD, _UPLOADS = 8 << 20, 4  # bytes a request, requests at once
+_MOST_PARTS = 9_000  # requests an object; S3 takes 10,000
 _STEP = 1 << 20  # bytes of a file that are read at once: they are still in the processor's cache when they are hashed
 _STEP_BUFFERS = 512  # filled at once; the kernel takes 1024
 _WRITER = "fedflowwriter"  # metadata of a created object; a name that Azure takes too
@@ -111,7 +112,7 @@ class Backend(Protocol):
     def patient(self, limit: timedelta) -> Self: ...  # gives up a transfer in which nothing happened for so long
     def create(self, key: str, data: memoryview) -> None: ...  # exclusive
     def overwrite(self, key: str, data: memoryview) -> None: ...
-    def stream(self, key: str, parts: Iterator[Data]) -> None: ...  # overwrites
+    def stream(self, key: str, parts: Iterator[Data], size: int) -> None: ...  # overwrites; size: about
     def get(self, key: str) -> bytes: ...
     def get_ranges(self, key: str, ranges: Ranges) -> Blocks: ...  # no range is empty; a block may be short at the end
     def get_sized(self, key: str, start: int, end: int) -> tuple[bytes, int]: ...  # the range, the size of the object
@@ -270,7 +271,7 @@ class _Local:
     def overwrite(self, key: str, data: memoryview) -> None:
         self._put(key, [data], Path.replace)
 
-    def stream(self, key: str, parts: Iterator[Data]) -> None:
+    def stream(self, key: str, parts: Iterator[Data], size: int) -> None:
         self._put(key, parts, Path.replace)
 
     def _put(self, key: str, parts: Iterable[Data], publish: Publish) -> None:
@@ -621,8 +622,9 @@ class _Cloud:
     def overwrite(self, key: str, data: memoryview) -> None:
         _obstore().put(self._store, self._prefix + key, data, chunk_size=_UPLOAD, max_concurrency=_UPLOADS)
 
-    def stream(self, key: str, parts: Iterator[Data]) -> None:
-        _obstore().put(self._store, self._prefix + key, parts, chunk_size=_UPLOAD, max_concurrency=_UPLOADS)
+    def stream(self, key: str, parts: Iterator[Data], size: int) -> None:
+        step = max(_UPLOAD, -(-size // _MOST_PARTS))
+        _obstore().put(self._store, self._prefix + key, parts, chunk_size=step, max_concurrency=_UPLOADS)
 
     def get(self, key: str) -> bytes:
         return self._download(key, 0, sys.maxsize)[0]
@@ -816,7 +818,7 @@ class _Fsspec:
     def overwrite(self, key: str, data: memoryview) -> None:
         self._pipe(key, data, "overwrite")
 
-    def stream(self, key: str, parts: Iterator[Data]) -> None:
+    def stream(self, key: str, parts: Iterator[Data], size: int) -> None:
         self._pipe(key, b"".join(parts), "overwrite")
 
     def _pipe(self, key: str, data: Data, mode: str) -> None:

@@ -171,9 +171,6 @@ def _flat(data: Data) -> memoryview:
     return view if view.format == "B" and view.ndim == 1 else view.cast("B")
 
 
-# --- keys ------------------------------------------------------------------------------------------------------------
-
-
 # --- the store -------------------------------------------------------------------------------------------------------
 
 
@@ -315,7 +312,7 @@ class ObjectStore:
             there = False
         if there:
             return ref
-        if self.write_stream(ref.key, parts(), chunk_size=chunk_size) != ref:
+        if self.write_stream(ref.key, parts(), chunk_size=chunk_size, size=ref.size) != ref:
             raise self._corrupt(ref.key, ref.digest, "other bytes when they were sent than when they were measured")
         return ref
 
@@ -325,11 +322,15 @@ class ObjectStore:
             self.read(ref, start, min(ref.size, start + ref.chunk_size))
         return True
 
-    def write_stream(self, key: str, parts: Iterable[Data], *, chunk_size: int = CHUNK_SIZE) -> ObjectRef:
+    def write_stream(
+        self, key: str, parts: Iterable[Data], *, chunk_size: int = CHUNK_SIZE, size: int = 0
+    ) -> ObjectRef:
         """Store the parts, one after the other, as one object; memory holds a few parts, not the object.
 
         For objects whose name determines their content: an object that is there is replaced. If `parts` raises, its
         error passes through and nothing is written. (Backends other than local and cloud join the parts in memory.)
+
+        size: bytes of all parts, about, where it may be more than the 78 GiB that S3 takes in requests of 8 MiB
         """
         meter = _Meter(parts, chunk_size)
         try:
@@ -338,7 +339,7 @@ class ObjectStore:
                 if sum(map(len, first)) < _SMALL:
                     self._backend.overwrite(key, memoryview(b"".join(first)))
                 else:
-                    self._backend.stream(key, chain(first, meter))
+                    self._backend.stream(key, chain(first, meter), size)
         except Exception:
             if meter.failure is not None:
                 raise meter.failure from None

@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import pairwise
 from math import prod
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
+from blake3 import blake3
 from torch import Tensor
 
 from fedflow.errors import FedflowError, ObjectCorrupt
@@ -112,24 +114,26 @@ class TensorReader:
 
     def __init__(self, store: ObjectStore, ref: ObjectRef) -> None:
         self.ref = ref
-        self._entries = _read_header(store, ref)
+        self._header = _read_header(store, ref)
         self._reader = Reader(store, ref)
 
     @property
-    def spec(self) -> dict[str, TensorSpec]:
+    def spec(self) -> Mapping[str, TensorSpec]:
         """Names, shapes and dtypes, in the order of the file."""
-        return {name: entry.spec for name, entry in self._entries.items()}
+        return self._header.spec
 
     def read(self, part: Part) -> dict[str, Tensor]:
         """Those tensors of `part` that are there, or those rows of them, in the order of the file; each has its own memory."""
-        wanted = [(name, self._place(name, part[name])) for name in self._entries if name in part]
+        entries = self._header.entries
+        names = sorted((name for name in part if name in entries), key=lambda name: entries[name][1:])
+        wanted = [(name, self._place(name, part[name])) for name in names]
         found = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, (spec, _, _) in wanted}
         for run in _runs([(start, end, raw_bytes(found[name])) for name, (_, start, end) in wanted]):
             self._reader.read_into(run[0][0], [buffer for _, _, buffer in run])
         return found
 
     def _place(self, name: str, rows: Rows) -> _Entry:
-        entry = self._entries[name]
+        entry = self._header.entries[name]
         if rows is None:
             return entry
         shape, dtype = entry.spec.shape, entry.spec.dtype
@@ -177,7 +181,7 @@ def read_tensors(store: ObjectStore, ref: ObjectRef, names: Iterable[str] | None
 def _read_small(store: ObjectStore, ref: ObjectRef, names: Iterable[str] | None) -> dict[str, Tensor]:
     """The same of an object of one chunk, read at once: else it would be read for the header, and again for the rest."""
     whole = memoryview(store.read(ref))
-    entries = _header_of(ref, lambda start, end: bytes(whole[start:end]))
+    entries = _header_of(ref, lambda start, end: bytes(whole[start:end])).entries
     wanted = entries.keys() if names is None else entries.keys() & set(names)
     found = {name: torch.empty(entries[name].spec.shape, dtype=entries[name].spec.dtype) for name in wanted}
     for name, tensor in found.items():
@@ -192,26 +196,26 @@ class StoredTensors(Mapping[str, Tensor]):
     """
 
     def __init__(self, store: ObjectStore, ref: ObjectRef) -> None:
-        self._store, self._ref, self._entries = store, ref, _read_header(store, ref)
+        self._store, self._ref, self._header = store, ref, _read_header(store, ref)
         self._step = ref.chunk_size if ref.chunks else max(ref.size, 1)
         self._chunk: tuple[int, bytes] = (-1, b"")
 
     @property
-    def spec(self) -> dict[str, TensorSpec]:
+    def spec(self) -> Mapping[str, TensorSpec]:
         """Names, shapes and dtypes, in the order of the file."""
-        return {name: entry.spec for name, entry in self._entries.items()}
+        return self._header.spec
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
+        return iter(self._header.entries)
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._header.entries)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._entries
+        return name in self._header.entries
 
     def __getitem__(self, name: str) -> Tensor:
-        spec, at, end = self._entries[name]
+        spec, at, end = self._header.entries[name]
         tensor = torch.empty(spec.shape, dtype=spec.dtype)
         rest = raw_bytes(tensor)
         while at < end:
@@ -228,35 +232,66 @@ class StoredTensors(Mapping[str, Tensor]):
         return self._chunk[1]
 
 
-def read_spec(store: ObjectStore, ref: ObjectRef) -> dict[str, TensorSpec]:
-    """Names, shapes and dtypes in `ref`, in the order of the file, from its header alone. Raises ObjectCorrupt."""
-    return {name: entry.spec for name, entry in _read_header(store, ref).items()}
+def read_spec(store: ObjectStore, ref: ObjectRef, *, largest_header: int = _MAX_HEADER) -> Mapping[str, TensorSpec]:
+    """Names, shapes and dtypes in `ref`, in the order of the file, from its header alone.
+
+    largest_header: bytes; parsing takes a multiple of it. Raises ObjectCorrupt.
+    """
+    return _read_header(store, ref, largest_header).spec
 
 
-def _read_header(store: ObjectStore, ref: ObjectRef) -> dict[str, _Entry]:
-    return _header_of(ref, lambda start, end: store.read(ref, start, end))
+class _Header:
+    """Where the tensors are, in the order of the file."""
+
+    def __init__(self, entries: Mapping[str, _Entry]) -> None:
+        self.entries = entries
+        self.spec = {name: entry.spec for name, entry in entries.items()}
 
 
-def _header_of(ref: ObjectRef, read: Callable[[int, int], bytes]) -> dict[str, _Entry]:
-    """What the header says, in the order of the file; believed only as far as the file's size allows it."""
+_HEADERS: WeakValueDictionary[tuple[str, int], _Header] = WeakValueDictionary()
+"""By their bytes and the file's size, as long as anybody needs them: the updates of all sites mostly have one."""
+
+
+def _read_header(store: ObjectStore, ref: ObjectRef, largest: int = _MAX_HEADER) -> _Header:
+    return _header_of(ref, lambda start, end: store.read(ref, start, end), largest)
+
+
+def _header_of(ref: ObjectRef, read: Callable[[int, int], bytes], largest: int = _MAX_HEADER) -> _Header:
+    """What the header says; believed only as far as the file's size allows it."""
     if ref.size < 8:
         raise ObjectCorrupt(f"{ref.key}: found {ref.size} bytes, expected a safetensors file of at least 8")
     first = min(ref.size, max(8, min(ref.chunk_size, _MOST_HEADERS)))
     begin = read(0, first)  # one read where it can be: each reads and hashes a chunk
-    length = int.from_bytes(begin[:8], "little")
-    if length > min(_MAX_HEADER, ref.size - 8):
-        raise ObjectCorrupt(
-            f"{ref.key}: found a header of {length} bytes, expected at most {min(_MAX_HEADER, ref.size - 8)}"
-        )
-    try:
-        entries = json.loads(begin[8 : 8 + length] if 8 + length <= len(begin) else read(8, 8 + length))
-        found = {name: _entry(entry, 8 + length) for name, entry in entries.items() if name != _METADATA}
-        ordered = dict(sorted(found.items(), key=lambda item: item[1][1:]))
-        _check_gapless(list(ordered.values()), 8 + length, ref.size)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        why = ascii(str(error))[1:-1][:500]  # it quotes what somebody else wrote
-        raise ObjectCorrupt(f"{ref.key}: found a header that is not safetensors: {why}") from error
+    length, most = int.from_bytes(begin[:8], "little"), min(largest, ref.size - 8)
+    if length > most:
+        raise ObjectCorrupt(f"{ref.key}: found a header of {length} bytes, expected at most {most}")
+    text = begin[8 : 8 + length] if 8 + length <= len(begin) else read(8, 8 + length)
+    key = blake3(text).hexdigest(), ref.size
+    found = _HEADERS.get(key)
+    if found is None:
+        try:
+            found = _HEADERS[key] = _Header(_parsed(text, ref.size))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            why = ascii(str(error))[1:-1][:500]  # it quotes what somebody else wrote
+            raise ObjectCorrupt(f"{ref.key}: found a header that is not safetensors: {why}") from error
+    return found
+
+
+def _parsed(text: bytes, size: int) -> dict[str, _Entry]:
+    if not text.startswith(b"{"):
+        raise ValueError(f"it begins with {text[:1]!r}, expected {{")
+    entries = json.loads(text.decode(), object_pairs_hook=_unique)
+    found = {name: _entry(entry, 8 + len(text)) for name, entry in entries.items() if name != _METADATA}
+    ordered = dict(sorted(found.items(), key=lambda item: item[1][1:]))
+    _check_gapless(list(ordered.values()), 8 + len(text), size)
     return ordered
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError(f"found {len(pairs)} keys of which only {len(found)} differ, expected each once")
+    return found
 
 
 def _entry(entry: Mapping[str, Any], base: int) -> _Entry:

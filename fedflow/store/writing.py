@@ -24,12 +24,14 @@ class Stream:
     """One object that is being written, by a thread of its own, while its parts are made.
 
     It is there, whole, when `close` has returned; after `abandon`, or if this process dies, it never was.
+
+    size: bytes of all parts, about
     """
 
-    def __init__(self, store: ObjectStore, key: str) -> None:
+    def __init__(self, store: ObjectStore, key: str, size: int) -> None:
         self._parts: Queue[Data | _Abandoned | None] = Queue(_AHEAD)
         self._done: Future[ObjectRef] = Future()
-        Thread(target=self._write, args=(store, key), daemon=True).start()
+        Thread(target=self._write, args=(store, key, size), daemon=True).start()
 
     def push(self, part: Data) -> None:
         """Append `part`, which must not change any more; waits while the store is behind. Raises what writing raised."""
@@ -47,7 +49,7 @@ class Stream:
         self._parts.put(_Abandoned("abandoned"))
         self._done.exception()
 
-    def _write(self, store: ObjectStore, key: str) -> None:
+    def _write(self, store: ObjectStore, key: str, size: int) -> None:
         ended = False
 
         def parts() -> Iterator[Data]:
@@ -61,7 +63,7 @@ class Stream:
                     yield part
 
         try:
-            self._done.set_result(store.write_stream(key, parts()))
+            self._done.set_result(store.write_stream(key, parts(), size=size))
         except BaseException as error:
             self._done.set_exception(error)
             while not ended:  # whoever makes the parts is not to wait for room for ever

@@ -203,6 +203,43 @@ def test_scalars_that_differ_between_parts_of_the_names_are_found(tmp_path: Path
     assert journal.manifest(0, "train") is None
 
 
+class Totals(FedAvg):
+    """It makes a number of every tensor."""
+
+    kind: Any = "totals"
+
+    def server_update(self, state: Any, aggregate: Aggregate, ctx: RoundContext) -> Any:
+        new = super().server_update(state, aggregate, ctx)
+        return replace(new, params={name: tensor.sum() for name, tensor in new.params.items()})
+
+
+class Namer(FedAvg):
+    """It puts a name of its own before another one."""
+
+    kind: Any = "namer"
+
+    def server_update(self, state: Any, aggregate: Aggregate, ctx: RoundContext) -> Any:
+        new = super().server_update(state, aggregate, ctx)
+        first = {name: tensor for name, tensor in new.params.items() if name == "0.bias"}
+        return replace(new, params={**new.params, **{"zz": tensor for tensor in first.values()}})
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "reason"),
+    [
+        ("Totals", r"0\.bias: found float32\[\] and float32\[\] made of its rows.*by_rows = False"),
+        ("Namer", r"zz: found it made of two parts of the names.*make no names of your own"),
+    ],
+)
+def test_an_algorithm_that_does_not_fit_into_parts_is_told_what_to_say(
+    algorithm: str, reason: str, tmp_path: Path
+) -> None:
+    journal, plan, closing = closed(tmp_path, algorithm=f"tests.engine.test_aggregation:{algorithm}")
+    with pytest.raises(FedflowError, match=reason):
+        aggregate_round(journal, plan, closing, memory_budget=1)
+    assert journal.manifest(0, "train") is None
+
+
 @dataclass(frozen=True)
 class Secretive(ModelState):
     memory: Any = None

@@ -184,8 +184,14 @@ def entry(dtype: str = "F32", shape: Any = (4,), offsets: Any = (0, 16)) -> dict
         header(entry(shape=[2**62] * 50_000)),  # whose product would take minutes
         header(entry(shape=("\ud800",))),  # which no record can hold
         header(entry(dtype="F" * 3_000_000)),
+        header(json.dumps(entry()).encode("utf-16")),
+        header(b" " + json.dumps(entry()).encode()),
+        header(
+            b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]},"a":{"dtype":"I32","shape":[4],"data_offsets":[0,16]}}'
+        ),
+        header(b'{"a":{"dtype":"F32","dtype":"I32","shape":[4],"data_offsets":[0,16]}}'),
     ],
-    ids=range(29),
+    ids=range(33),
 )
 def test_what_is_no_safetensors_file_is_named(store: ObjectStore, data: bytes) -> None:
     ref = store.write("objects", data, ".safetensors")
@@ -193,6 +199,13 @@ def test_what_is_no_safetensors_file_is_named(store: ObjectStore, data: bytes) -
         with pytest.raises(ObjectCorrupt, match=ref.key) as caught:
             read(store, ref)
         assert len(str(caught.value).encode()) < 2000
+
+
+def test_a_header_larger_than_it_can_be_is_not_parsed(store: ObjectStore) -> None:
+    ref = store.write("objects", header(json.dumps(entry()).encode().ljust(1000)), ".safetensors")
+    assert list(read_spec(store, ref)) == ["a"]
+    with pytest.raises(ObjectCorrupt, match="found a header of 1000 bytes, expected at most 999"):
+        read_spec(store, ref, largest_header=999)
 
 
 def test_a_reference_that_does_not_match_its_object_is_named(store: ObjectStore) -> None:

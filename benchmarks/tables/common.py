@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 
-from fedflow.engine.simulate import die_with_parent, simulate
+from fedflow.engine import simulate
 from fedflow.memory import settle
 from fedflow.recipe import Recipe
+from fedflow.simulation.crew import die_with
 from fedflow.store.journal import Journal
 from fedflow.types import canonical_json
 
@@ -149,7 +150,7 @@ def _begin() -> None:
     """A worker has one thread, and ends when the process that started it does, killed or not."""
     importlib.import_module("torch._dynamo")  # what a first optimizer step imports
     torch.set_num_threads(1)
-    die_with_parent()
+    die_with(os.getppid())
     settle()
 
 

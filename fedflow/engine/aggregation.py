@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ from fedflow.types import Groups, RoundContext, SiteId, derive_seed
 
 _log = logging.getLogger(__name__)
 
-__all__ = ["aggregate_round", "commit_initial", "evaluate_model", "evaluate_round", "read_model"]
+__all__ = ["Evaluator", "aggregate_round", "commit_initial", "evaluate_model", "evaluate_round", "read_model"]
 
 
 def commit_initial(journal: Journal, algorithm: Algorithm, model: Groups) -> Manifest:
@@ -47,12 +48,7 @@ def commit_initial(journal: Journal, algorithm: Algorithm, model: Groups) -> Man
     found = journal.manifest(INITIAL, "initial")
     if found:
         return found
-    state, store = algorithm.init(model), journal.store
-    objects: dict[int, ObjectRef] = {}
-    public = _write_groups(store, f"{journal.public}/objects", algorithm.broadcast(state, algorithm.phases[0]), objects)
-    record = write_state(store, f"{journal.server}/objects", state, objects)
-    objects |= {id(tensors): record.tensors[field] for field, tensors in tensor_fields(state).items()}
-    groups = algorithm.model(state)
+    state = algorithm.init(model)
     return journal.put_manifest(
         Manifest(
             run=journal.run,
@@ -60,13 +56,25 @@ def commit_initial(journal: Journal, algorithm: Algorithm, model: Groups) -> Man
             round=INITIAL,
             phase="initial",
             parent=None,
-            state=record,
-            model=_write_groups(store, f"{journal.server}/objects", groups, objects),
-            broadcast=public,
-            model_digest=model_digest({name: t for tensors in groups.values() for name, t in tensors.items()}),
+            **written_state(journal, algorithm, state, algorithm.phases[0]),
             committed=utc_now(),
         )
     )
+
+
+def written_state(journal: Journal, algorithm: Algorithm, state: Any, following: str) -> dict[str, Any]:
+    """Write a state that is in memory, and what sites see of it in the phase `following`: those fields of a manifest."""
+    store, objects = journal.store, dict[int, ObjectRef]()
+    public = _write_groups(store, f"{journal.public}/objects", algorithm.broadcast(state, following), objects)
+    record = write_state(store, f"{journal.server}/objects", state, objects)
+    objects |= {id(tensors): record.tensors[field] for field, tensors in tensor_fields(state).items()}
+    groups = algorithm.model(state)
+    return {
+        "state": record,
+        "model": _write_groups(store, f"{journal.server}/objects", groups, objects),
+        "broadcast": public,
+        "model_digest": model_digest({name: t for tensors in groups.values() for name, t in tensors.items()}),
+    }
 
 
 def _write_groups(
@@ -194,19 +202,27 @@ def read_model(journal: Journal, manifest: Manifest) -> dict[str, dict[str, Tens
     return {group: read_tensors(journal.store, ref) for group, ref in manifest.model.items()}
 
 
+class Evaluator:
+    """The server's evaluation workload, with a model of its own. Only where the recipe has one."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        assert recipe.evaluation
+        found = resolve("workloads", recipe.evaluation.path, field="evaluation")
+        made = call(found, recipe.evaluation.args, field="evaluation.args", site="server")
+        self._workload, self._recipe = check_evaluator(made, "evaluation"), recipe
+        self._model = build_model(recipe.model.path, recipe.model.args, seed=recipe.seed)
+        self._model.to(recipe.numerics.device).eval()
+
+    def __call__(self, groups: Groups) -> dict[str, float]:
+        """Metrics of a model."""
+        load_groups(self._model, groups)
+        with applied(self._recipe.numerics, derive_seed("evaluation", self._recipe.seed)), torch.no_grad():
+            return {name: float(value) for name, value in self._workload.evaluate(self._model).items()}
+
+
 def evaluate_model(recipe: Recipe, groups: Groups) -> dict[str, float]:
     """Metrics of a model on the server's evaluation workload; empty where the recipe has none."""
-    if recipe.evaluation is None:
-        return {}
-    found = resolve("workloads", recipe.evaluation.path, field="evaluation")
-    workload = check_evaluator(
-        call(found, recipe.evaluation.args, field="evaluation.args", site="server"), "evaluation"
-    )
-    model = build_model(recipe.model.path, recipe.model.args, seed=recipe.seed)
-    load_groups(model, groups)
-    model.to(recipe.numerics.device).eval()
-    with applied(recipe.numerics, derive_seed("evaluation", recipe.seed)), torch.no_grad():
-        return {name: float(value) for name, value in workload.evaluate(model).items()}
+    return Evaluator(recipe)(groups) if recipe.evaluation else {}
 
 
 def evaluate_round(journal: Journal, manifest: Manifest) -> Evaluation | None:

@@ -320,27 +320,7 @@ def _make_plan(journal: Journal, recipe: Recipe, step: Step, absent: Mapping[Sit
         assert first is not None
         tasks = {s: t for s, t in first.tasks.items() if s in head.contributors}
         quorum, late, back = first.quorum, first.late, 0
-    missing = sorted(set(recipe.required_sites) & absent.keys())
-    if missing:
-        raise QuorumLost(
-            f"required sites are absent: {_named(missing, absent)}; start their workers and resume",
-            run=journal.run,
-            round=step.round,
-        )
-    if quorum < algorithm.least_updates:
-        raise QuorumLost(
-            f"found a quorum of {quorum}, expected at least the {algorithm.least_updates} updates that the algorithm needs "
-            f"(algorithm.reduction): {_named(sorted(absent), absent)}; start more sites, or choose a reduction that needs fewer",
-            run=journal.run,
-            round=step.round,
-        )
-    least, binding = max((quorum, "quorum"), (recipe.min_sites, "min_sites"))
-    if len(tasks) < least:
-        raise QuorumLost(
-            f"found {len(tasks)} sites to ask, expected at least {least} ({binding}): {_named(sorted(absent), absent)}; start their workers and resume",
-            run=journal.run,
-            round=step.round,
-        )
+    check_cohort(recipe, len(tasks), quorum, absent, run=journal.run, round=step.round)
     record = journal.record()
     return Plan(
         run=journal.run,
@@ -359,6 +339,34 @@ def _make_plan(journal: Journal, recipe: Recipe, step: Step, absent: Mapping[Sit
         amendments=len(journal.amendments()),
         num_sites=len(journal.sites()),
     )
+
+
+def check_cohort(
+    recipe: Recipe, cohort: int, quorum: int, absent: Mapping[SiteId, str], *, run: str, round: int
+) -> None:
+    """Raises QuorumLost where too few sites can be asked, or a required one cannot. absent: site -> why."""
+    missing = sorted(set(recipe.required_sites) & absent.keys())
+    if missing:
+        raise QuorumLost(
+            f"required sites are absent: {_named(missing, absent)}; start their workers and resume",
+            run=run,
+            round=round,
+        )
+    least = recipe.computation.least_updates
+    if quorum < least:
+        raise QuorumLost(
+            f"found a quorum of {quorum}, expected at least the {least} updates that the algorithm needs "
+            f"(algorithm.reduction): {_named(sorted(absent), absent)}; start more sites, or choose a reduction that needs fewer",
+            run=run,
+            round=round,
+        )
+    least, binding = max((quorum, "quorum"), (recipe.min_sites, "min_sites"))
+    if cohort < least:
+        raise QuorumLost(
+            f"found {cohort} sites to ask, expected at least {least} ({binding}): {_named(sorted(absent), absent)}; start their workers and resume",
+            run=run,
+            round=round,
+        )
 
 
 def _named(sites: Sequence[SiteId], why: Mapping[SiteId, str]) -> str:
@@ -461,13 +469,22 @@ def check_quorate(plan: Plan, closing: Closing) -> Closing:
     """`closing` if it can be committed; else QuorumLost saying which sites are missing and why."""
     if closing.quorate:
         return closing
-    missing = "; ".join(f"{site}: {why}" for site, why in sorted(closing.excluded.items()))
-    raise QuorumLost(
-        f"found {len(closing.contributors)} valid updates, expected {closing.quorum}"
-        + (f" including {', '.join(closing.required)}" if closing.required else "")
-        + f"; missing: {missing}; what was committed is kept: resume when the sites are back",
-        run=plan.run,
-        round=plan.round,
+    raise quorum_lost(
+        len(closing.contributors), closing.quorum, closing.required, closing.excluded, run=plan.run, round=plan.round
+    )
+
+
+def quorum_lost(
+    found: int, quorum: int, required: Sequence[SiteId], excluded: Mapping[SiteId, str], *, run: str, round: int
+) -> QuorumLost:
+    """What is raised where a phase cannot be committed. excluded: site -> why"""
+    missing = "; ".join(f"{site}: {why}" for site, why in sorted(excluded.items()))
+    including = f" including {', '.join(required)}" if required else ""
+    return QuorumLost(
+        f"found {found} valid updates, expected {quorum}{including}; missing: {missing}; what was committed is kept: "
+        "resume when the sites are back",
+        run=run,
+        round=round,
     )
 
 

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import multiprocessing.connection
-import os
-import threading
 import traceback
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor
-from contextlib import ExitStack
 from typing import Any
 
 from torch import nn
@@ -18,15 +12,14 @@ from torch import nn
 from fedflow.engine.aggregation import evaluate_round
 from fedflow.engine.rounds import amend_run, close_round, commit_round, next_step, open_round, start_run, survey
 from fedflow.engine.site import SiteWork, site_step
-from fedflow.errors import FedflowError, UserError, field_error
-from fedflow.memory import settle
+from fedflow.errors import FedflowError
 from fedflow.recipe import Recipe, SiteConfig
 from fedflow.store.journal import Journal
 from fedflow.store.objects import ObjectStore
 from fedflow.store.records import Manifest, Opening, Plan
 from fedflow.types import SiteId
 
-__all__ = ["die_with_parent", "simulate"]
+__all__ = ["simulate"]
 
 SiteStep = Callable[[Plan, Opening, SiteId], "str | None"]
 
@@ -40,7 +33,6 @@ def simulate(
     run: str | None = None,
     state: str | None = None,
     model: Callable[[], nn.Module] | None = None,
-    workers: int = 1,
     order: Callable[[int, list[SiteId]], list[SiteId]] = lambda round, sites: sites,
     on_round: Callable[[Manifest], None] = lambda manifest: None,
 ) -> Journal:
@@ -50,18 +42,11 @@ def simulate(
                are not among them are absent.
     store:     URL of the store, with its options; default: in memory, gone with this process
     state:     URL below which the sites' states lie; default: beside the store
-    workers:   sites trained at a time; above 1 in processes of their own, so from names only
     order:     (round, sites) -> the order in which they train; no bit depends on it
     Raises QuorumLost where a round cannot be committed; what was committed stays, and a second call goes on from there.
     """
     objects = ObjectStore(store or f"memory://fedflow-{uuid.uuid4().hex}", store_options)
     given = dict(workloads) if isinstance(workloads, Mapping) else {}
-    if workers > 1 and (given or model):
-        raise UserError(
-            field_error(
-                "workers", workers, "1 where workloads or model are given as objects", "name them in the recipe"
-            )
-        )
     base = ObjectStore(state).url if state else f"{objects.url}-states"
     configs = {
         s: SiteConfig(name=s, store=objects.url, store_options=dict(store_options or {}), state=f"{base}/{s}")
@@ -71,24 +56,20 @@ def simulate(
     recipe = amend_run(journal, recipe, sites=sorted(configs))
     if head := journal.head(recipe.algorithm.phases):
         evaluate_round(journal, head)  # whoever was killed right after a commit has not done it
-    with ExitStack() as stack:
-        pool = stack.enter_context(_pool(workers)) if workers > 1 else None
-        resumed = True
-        while step := next_step(journal, recipe):
-            absent = dict.fromkeys(set(journal.sites()) - configs.keys(), "not among the workloads")
-            plan, opening = open_round(journal, step, absent=absent, reopen=resumed)
-            resumed = False
-            chosen = order(plan.round, sorted(plan.tasks.keys() - absent.keys()))
-            works = [
-                (SiteWork(plan.run, plan.round, plan.phase, opening.number), configs[s], given.get(s)) for s in chosen
-            ]
-            failures = _in_processes(pool, works) if pool else _in_turn(works, objects, model)
-            closing = close_round(
-                journal, plan, opening, survey(journal, plan), why="every site answered", missing=absent | failures
-            )
-            manifest = commit_round(journal, plan, closing)
-            evaluate_round(journal, manifest)
-            on_round(manifest)
+    resumed = True
+    while step := next_step(journal, recipe):
+        absent = dict.fromkeys(set(journal.sites()) - configs.keys(), "not among the workloads")
+        plan, opening = open_round(journal, step, absent=absent, reopen=resumed)
+        resumed = False
+        chosen = order(plan.round, sorted(plan.tasks.keys() - absent.keys()))
+        works = [(SiteWork(plan.run, plan.round, plan.phase, opening.number), configs[s], given.get(s)) for s in chosen]
+        failures = _in_turn(works, objects, model)
+        closing = close_round(
+            journal, plan, opening, survey(journal, plan), why="every site answered", missing=absent | failures
+        )
+        manifest = commit_round(journal, plan, closing)
+        evaluate_round(journal, manifest)
+        on_round(manifest)
     return journal
 
 
@@ -103,11 +84,6 @@ def _in_turn(
     return failures
 
 
-def _in_processes(pool: Executor, works: list[tuple[SiteWork, SiteConfig, Any]]) -> dict[SiteId, str]:
-    futures = {config.name: pool.submit(_attempt, work, config) for work, config, _ in works}
-    return {site: reason for site, future in futures.items() if (reason := future.result())}
-
-
 def _attempt(work: SiteWork, config: SiteConfig, **given: Any) -> str | None:
     """Why the site failed, with its traceback where fedflow did not foresee it; None if it did not."""
     try:
@@ -117,28 +93,3 @@ def _attempt(work: SiteWork, config: SiteConfig, **given: Any) -> str | None:
     except Exception:
         return f"training failed:\n{traceback.format_exc()}"
     return None
-
-
-def _pool(workers: int) -> ProcessPoolExecutor:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["fedflow.engine", "torch._dynamo"]
-    )  # the latter: what a first optimizer step imports
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=_begin)
-
-
-def _begin() -> None:
-    die_with_parent()
-    settle()
-
-
-def die_with_parent() -> None:
-    """A worker waits for work on a pipe that its like hold open: it would outlive a parent that was killed."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def wait() -> None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedflow.algorithm import Algorithm
 from fedflow.errors import StoreError, StoreUnavailable, UpdateInvalid
 from fedflow.store.journal import Journal, first_problem
 from fedflow.store.objects import CHUNK_SIZE, ObjectRef
@@ -18,9 +19,9 @@ from fedflow.store.records import Contribution, ContributorSummary, Plan, Update
 from fedflow.store.state import read_outline
 from fedflow.store.tensors import Part, TensorReader, file_order, read_spec
 from fedflow.tensors import cast, non_finite
-from fedflow.types import MODEL_GROUPS, Groups, SiteId, Spec, TensorSpec, Update
+from fedflow.types import MODEL_GROUPS, Groups, SiteId, Spec, TensorSpec, Update, spec_of
 
-__all__ = ["Checks", "Contributor", "as_update"]
+__all__ = ["Checks", "Contributor", "as_update", "problem_of"]
 
 MOST_MANIFEST = 16 << 20  # bytes; the digests of an object of 1 TiB take 5 MiB
 MOST_METRICS = 1000
@@ -84,7 +85,7 @@ class Checks:
             if update.update_digest() == self.plan.tasks[site].state_base:
                 return None
             self._check_header(site, key, update)
-            self._check_weight(update)
+            _check_weight(self.recipe.computation, as_update(update, {}))
             self._check_tensors(key, update)
         except ValueError as error:
             return f"unreadable manifest {key}: {first_problem(error)}"
@@ -118,33 +119,16 @@ class Checks:
         if update.update_digest().partition(":")[2] not in key:
             raise UpdateInvalid(f"digest: found {update.update_digest()}, expected the one that names {key}")
 
-    def _check_weight(self, update: UpdateManifest) -> None:
-        try:
-            weight = self.recipe.computation.weight(as_update(update, {}))
-        except (ArithmeticError, LookupError, TypeError, ValueError) as error:
-            raise UpdateInvalid(f"weight: cannot be computed from what was sent: {error!r}") from error
-        if isinstance(weight, bool) or not math.isfinite(weight) or weight <= 0:
-            raise UpdateInvalid(
-                f"weight: found {weight!r} (examples {update.examples}, steps {update.steps}), expected a finite number above 0"
-            )
-
     def _check_tensors(self, key: str, update: UpdateManifest) -> None:
         own = f"sites/{update.site}/{self.plan.run}/"
-        if set(update.groups) != set(self.spec):
-            raise UpdateInvalid(f"groups: found {sorted(update.groups)}, expected {sorted(self.spec)}")
+        _check_groups(update.groups, self.spec)
         for group, ref in update.groups.items():
             if not ref.key.startswith(own):
                 raise UpdateInvalid(f"{group}: found an object outside {own}: {ref.key}")
             expected = self.spec[group]
             self._check_size(group, ref, expected)
             found = read_spec(self.journal.store, ref, largest_header=_largest_header(expected))
-            missing = [] if self.recipe.computation.partial_updates else sorted(expected.keys() - found.keys())
-            extra = sorted(found.keys() - expected.keys())
-            if missing or extra:
-                raise UpdateInvalid(f"names in {group}: missing {missing[:5]}, unexpected {extra[:5]}")
-            for name, spec in found.items():
-                if spec != expected[name]:
-                    raise UpdateInvalid(f"{group}/{name}: found {spec}, expected {expected[name]}")
+            _check_spec(group, found, expected, self.recipe.computation)
             if list(found) != file_order(found):  # else a part might be anywhere in it, and reading it take for ever
                 raise UpdateInvalid(f"{group}: found its tensors in another order than safetensors.torch.save writes")
 
@@ -156,6 +140,47 @@ class Checks:
             raise UpdateInvalid(
                 f"{group}: found an object of {ref.size} bytes in chunks of {ref.chunk_size}, expected at most {most} in chunks of {CHUNK_SIZE}"
             )
+
+
+def problem_of(update: Update, expects: Spec, algorithm: Algorithm) -> str | None:
+    """Why an update in memory cannot count; None if it can."""
+    try:
+        _check_weight(algorithm, update)
+        _check_groups(update.tensors, expects)
+        for group, found in spec_of(update.tensors).items():
+            _check_spec(group, found, expects[group], algorithm)
+    except UpdateInvalid as error:
+        return str(error)
+    bad = non_finite(update.tensors)
+    return f"not finite: {bad}" if bad else None
+
+
+def _check_weight(algorithm: Algorithm, update: Update) -> None:
+    try:
+        weight = algorithm.weight(update)
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        raise UpdateInvalid(f"weight: cannot be computed from what was sent: {error!r}") from error
+    if isinstance(weight, bool) or not math.isfinite(weight) or weight <= 0:
+        raise UpdateInvalid(
+            f"weight: found {weight!r} (examples {update.examples}, steps {update.steps}), expected a finite number above 0"
+        )
+
+
+def _check_groups(found: Collection[str], expected: Collection[str]) -> None:
+    if set(found) != set(expected):
+        raise UpdateInvalid(f"groups: found {sorted(found)}, expected {sorted(expected)}")
+
+
+def _check_spec(
+    group: str, found: Mapping[str, TensorSpec], expected: Mapping[str, TensorSpec], algorithm: Algorithm
+) -> None:
+    missing = [] if algorithm.partial_updates else sorted(expected.keys() - found.keys())
+    extra = sorted(found.keys() - expected.keys())
+    if missing or extra:
+        raise UpdateInvalid(f"names in {group}: missing {missing[:5]}, unexpected {extra[:5]}")
+    for name, spec in found.items():
+        if spec != expected[name]:
+            raise UpdateInvalid(f"{group}/{name}: found {spec}, expected {expected[name]}")
 
 
 def _largest_header(expected: Mapping[str, TensorSpec]) -> int:

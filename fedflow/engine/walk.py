@@ -20,7 +20,7 @@ import torch
 from fedflow.store.tensors import Part, file_order
 from fedflow.types import Spec, TensorSpec
 
-__all__ = ["SEGMENT", "Line", "Size", "in_order", "parts_of", "segments_of", "sizes_of"]
+__all__ = ["SEGMENT", "Line", "Size", "in_order", "one_thread", "parts_of", "segments_of", "sizes_of"]
 
 T = TypeVar("T")
 
@@ -163,7 +163,7 @@ def in_order(
     `work` takes its turn at every one of `lines`. If one fails its error is raised, and nothing is left running.
     """
     if workers == 1 or len(parts) == 1:
-        with _one_thread_each():
+        with one_thread():
             yield from ((part, work(number, part)) for number, part in enumerate(parts))
         return
     lines, failures = list(lines), list[BaseException]()
@@ -178,7 +178,7 @@ def in_order(
                 line.close()
             raise
 
-    with _one_thread_each(), ThreadPoolExecutor(workers, "part") as pool:
+    with one_thread(), ThreadPoolExecutor(workers, "part") as pool:
         waiting: deque[tuple[Part, Future[T]]] = deque()
         try:
             for number, part in enumerate(parts):
@@ -202,7 +202,7 @@ def _result(part: Part, future: Future[T], failures: list[BaseException]) -> tup
 
 
 @contextmanager
-def _one_thread_each() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """torch's own threads would get in each other's way, and stand still when another process has their processor."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -14,8 +14,10 @@ from typing import Any, Self
 from fedflow.engine import amend_run, start_run
 from fedflow.environments.base import DEFAULT_HOME, Run
 from fedflow.environments.local import child_environment, new_run_id, read_log, remember, stop_group
+from fedflow.errors import UserError, field_error
 from fedflow.recipe import Federation, Recipe
 from fedflow.registry import resolve
+from fedflow.simulation.engine import BACKENDS, Backend
 from fedflow.store.journal import Journal
 from fedflow.store.objects import ObjectStore
 
@@ -23,9 +25,11 @@ __all__ = ["SimEnv"]
 
 
 class SimEnv:
-    """Simulates the sites of `federation` in one background process, or in `workers` of them.
+    """Simulates the sites of `federation` in the background.
 
-    store: URL; default `<home>/store`. home: folder of store, sites' states and logs.
+    store:   URL; default `<home>/store`. home: folder of store, what the sites remember, and logs
+    workers: processes that train; default: one a processor
+    backend: "processes", or "debug": sites train in the coordinating process, one after the other
     """
 
     kind = "sim"
@@ -36,11 +40,18 @@ class SimEnv:
         *,
         store: str | None = None,
         home: str | Path = DEFAULT_HOME,
-        workers: int = 1,
+        workers: int | None = None,
+        backend: Backend = "processes",
     ) -> None:
         self.federation = Federation.of(federation) if isinstance(federation, int) else federation
         self.home = Path(home).resolve()
-        self.workers = workers
+        if workers is not None and workers < 1:
+            raise UserError(
+                field_error("workers", workers, "a count of at least 1", "leave it out for one a processor")
+            )
+        if backend not in BACKENDS:
+            raise UserError(field_error("backend", backend, f"one of {', '.join(BACKENDS)}", "choose one of them"))
+        self.workers, self.backend = workers, backend
         self.store = ObjectStore(
             store or self.federation.store or str(self.home / "store"), self.federation.store_options
         )
@@ -71,7 +82,7 @@ class SimEnv:
 
     def options(self) -> dict[str, Any]:
         """What `remember` keeps."""
-        return {"workers": self.workers}
+        return {"workers": self.workers, "backend": self.backend}
 
     def close(self) -> None:
         """Nothing is kept open; runs go on."""
@@ -91,8 +102,9 @@ def _start(env: SimEnv, run: str) -> None:
         "run": run,
         "store": env.store.url,
         "store_options": env.federation.store_options,
-        "states": str(env.home / "sites"),
+        "book": str(env.home / "sites" / f"{run}.sqlite"),
         "workers": env.workers,
+        "backend": env.backend,
     }
     with files.lock.open("w") as lock, files.log.open("a") as log:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -101,7 +113,7 @@ def _start(env: SimEnv, run: str) -> None:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=child_environment(),
+            env=child_environment(OPENBLAS_NUM_THREADS="1"),  # whose threads would keep it from forking
             pass_fds=[lock.fileno()],
             start_new_session=True,
         )

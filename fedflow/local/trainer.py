@@ -19,7 +19,7 @@ from fedflow.local.session import Session
 from fedflow.local.state import Memory
 from fedflow.recipe import LocalTraining, Numerics
 from fedflow.tensors import model_digest
-from fedflow.types import Groups, RoundContext, Tensors
+from fedflow.types import MODEL_GROUPS, Groups, RoundContext, Tensors
 
 __all__ = ["Request", "SessionTrainer", "Trainer", "place_of"]
 
@@ -101,7 +101,7 @@ class Trainer(ABC):
         """A model with the broadcast's values, where it will be used."""
         with torch.random.fork_rng(devices=[]):
             model = self.model()
-        load_groups(model, broadcast)
+        load_groups(model, {group: broadcast[group] for group in MODEL_GROUPS})
         return model.to(self.numerics.device)
 
     def evaluation(self, model: nn.Module, when: Literal["before", "after"]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""`python -m fedflow.simulation SPEC`: the background process of a SimEnv. SPEC: JSON with run, store, states, workers."""
+"""`python -m fedflow.simulation SPEC`: the background process of a SimEnv. SPEC: JSON with run, store, book, backend, workers."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import logging
 import signal
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
-from fedflow.engine import simulate
 from fedflow.engine.rounds import recording_outcome
 from fedflow.errors import FedflowError, RoundAborted
 from fedflow.memory import settle
+from fedflow.simulation.engine import simulate
 from fedflow.store.journal import Journal
 from fedflow.store.objects import ObjectStore
 
@@ -31,8 +32,9 @@ def main(spec: dict[str, object]) -> int:
                 store=url,
                 store_options=spec.get("store_options"),  # type: ignore[arg-type]
                 run=run,
-                state=str(spec["states"]),
-                workers=int(str(spec["workers"])),
+                book=Path(str(spec["book"])),
+                backend=spec["backend"],  # type: ignore[arg-type]
+                workers=spec["workers"],  # type: ignore[arg-type]
             )
     except FedflowError as error:
         logging.getLogger("fedflow").error("%s", error)

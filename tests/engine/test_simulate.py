@@ -16,7 +16,7 @@ from fedflow.algorithm import Algorithm, Training
 from fedflow.engine import next_step, open_round, read_model, simulate, site_step, start_run
 from fedflow.engine.site import SiteWork
 from fedflow.engine.summary import current, summarize
-from fedflow.errors import QuorumLost, ResolveError, UserError
+from fedflow.errors import QuorumLost, ResolveError
 from fedflow.recipe import SiteConfig
 from fedflow.store.journal import Journal
 from fedflow.store.objects import ObjectStore
@@ -36,10 +36,10 @@ UNEVEN: Mapping[str, Any] = {
 
 # -- bits --------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("algorithm", ["fedavg", "tests.builders:Leaning", "tests.builders:Bounded"])
-def test_neither_workers_nor_order_nor_store_change_a_bit(tmp_path: Path, algorithm: str) -> None:
+def test_neither_order_nor_store_change_a_bit(tmp_path: Path, algorithm: str) -> None:
     fields = {**UNEVEN, "algorithm": algorithm}
     one = outcome(run(recipe(**fields)))
-    two = outcome(run(recipe(**fields), str(tmp_path / "store"), workers=2))
+    two = outcome(run(recipe(**fields), str(tmp_path / "store")))
     backwards = outcome(run(recipe(**fields), order=lambda round, sites: sites[::-1]))
     for other in (two, backwards):
         assert {k: v for k, v in other.items() if k not in ("updates", "accepted")} == {
@@ -164,11 +164,6 @@ def test_a_site_whose_imports_are_not_allowed_says_so(tmp_path: Path) -> None:
     with pytest.raises(ResolveError, match=r"found 'tests.builders:Blobs', expected a module among \['hospital.\*'\]"):
         site_step(SiteWork("run", 0, plan.phase), config)
     assert journal.store.list("sites") == []
-
-
-def test_objects_cannot_go_to_other_processes() -> None:
-    with pytest.raises(UserError, match="workers: found 2, expected 1 where workloads or model are given as objects"):
-        simulate(recipe(), {site: Blobs(site) for site in SITES}, workers=2)
 
 
 # -- algorithms of all kinds -------------------------------------------------------------------------------------------

@@ -1,0 +1,283 @@
+"""The simulator: the reference run's bits with any number of processes, whoever is killed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor, nn
+
+from fedflow.engine import simulate as reference
+from fedflow.engine.summary import summarize
+from fedflow.errors import QuorumLost, SiteStateLost, UserError
+from fedflow.recipe import Recipe
+from fedflow.simulation.engine import simulate
+from fedflow.store.journal import Journal
+from fedflow.store.objects import ObjectStore
+from fedflow.testing.faults import Fault, fail_at
+from tests.builders import SITES, Blobs, Tiny, bits, head, recipe, trainings
+
+UNEVEN: Mapping[str, Any] = {
+    "rounds": 3,
+    "schedule": {"kind": "sampled", "sites_per_round": 2},
+    "evaluation": "tests.builders:HeldOut",
+}
+"""Sampling, uneven sites, BatchNorm, dropout, momentum."""
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "fedavg": {"overrides": {"site-1": {"training": {"epochs": 2}}}},
+    "scaffold": {"algorithm": "scaffold"},
+    "fedadam": {"algorithm": {"kind": "fedopt", "server_optimizer": "adam"}},
+    "diloco": {"algorithm": {"kind": "diloco", "local_steps_per_round": 3}},
+    "streaming diloco": {"algorithm": {"kind": "streaming_diloco", "fragments": 3, "local_steps_per_round": 2}},
+    "personal": {"algorithm": {"kind": "fedavg", "personal": ["1.*"]}},
+    "geometric median": {"algorithm": {"kind": "fedavg", "reduction": {"kind": "geometric_median"}}},
+    "norm clipping": {
+        "algorithm": {"kind": "fedavg", "transfer": "delta", "reduction": {"kind": "norm_clip", "max_norm": 0.1}}
+    },
+    "int8 both ways": {
+        "algorithm": {"kind": "fedavg", "transfer": "delta"},
+        "transforms": [{"kind": "quantise", "bits": 8, "broadcast": True}],
+    },
+    "top-k": {"algorithm": {"kind": "fedavg", "transfer": "delta"}, "transforms": [{"kind": "top_k", "fraction": 0.2}]},
+    "a site's own state": {"algorithm": "tests.builders:Leaning"},
+    "two phases": {"algorithm": "tests.builders:Bounded"},
+    "little memory": {"memory_budget": 1024},
+}
+
+
+def evaluations(journal: Journal) -> list[Any]:
+    return [e.metrics if (e := journal.evaluation(r)) else None for r in range(head(journal).round + 1)]
+
+
+# -- bits --------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_bits_are_those_of_the_reference_with_any_number_of_processes(name: str) -> None:
+    fields, counts = RECIPES[name], (1, 2, 3) if name in ("fedavg", "scaffold", "fedadam", "diloco") else (2,)
+    wanted = reference(recipe(**UNEVEN, **fields), SITES)
+    for options in ({"backend": "debug"}, *({"workers": count} for count in counts)):
+        found = simulate(recipe(**UNEVEN, **fields), SITES, **options)  # type: ignore[arg-type]
+        assert bits(found) == bits(wanted), options
+        assert evaluations(found) == evaluations(wanted)
+        assert head(found).metrics == head(wanted).metrics
+
+
+def test_a_cohort_larger_than_what_may_wait_to_be_reduced() -> None:
+    sites = [f"site-{i:03}" for i in range(1, 81)]
+    wide = recipe(rounds=1, training={"steps": 1, "batch_size": 4, "optimizer": {"lr": 0.1}})
+    assert bits(simulate(wide, sites, workers=2)) == bits(reference(wide, sites))
+
+
+def test_workloads_given_as_objects_are_those_of_the_recipe() -> None:
+    given = simulate(recipe(), {site: Blobs(site) for site in SITES}, model=Tiny, backend="debug")
+    assert bits(given) == bits(simulate(recipe(), SITES, backend="debug"))
+
+
+def test_objects_cannot_go_to_other_processes() -> None:
+    with pytest.raises(
+        UserError, match="backend: found 'processes', expected 'debug' where workloads or model are given"
+    ):
+        simulate(recipe(), {site: Blobs(site) for site in SITES})
+
+
+class Counting(nn.Sequential):
+    """It counts its own calls in Python, and behaves by them."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x) / self.calls  # type: ignore[no-any-return,no-untyped-call]
+
+
+def test_every_training_has_a_module_of_its_own() -> None:
+    odd = recipe(model="tests.simulation.test_simulation:Counting")
+    assert bits(simulate(odd, SITES, workers=1)) == bits(reference(odd, SITES))
+
+
+# -- going on ----------------------------------------------------------------------------------------------------------
+SCRIPT = """
+import json, sys
+from pathlib import Path
+from fedflow.simulation.engine import simulate
+from tests.builders import SITES, recipe
+
+if __name__ == "__main__":
+    folder, fields = Path(sys.argv[1]), json.loads(sys.argv[2])
+    simulate(recipe(**fields), SITES, store=str(folder / "store"), run="run", book=folder / "book.sqlite", workers=2)
+"""
+
+
+def simulated(folder: Path, fields: Mapping[str, Any], fault: Fault | None = None) -> int:
+    """The exit code of a simulation in a process of its own."""
+    script = folder / "simulated.py"
+    script.write_text(SCRIPT)
+    python_path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": python_path}
+    if fault:
+        environment |= fault.environment(environment)
+    command = [sys.executable, str(script), str(folder), json.dumps(dict(fields))]
+    return subprocess.run(command, env=environment, check=False).returncode
+
+
+def there(folder: Path) -> Journal:
+    return Journal(ObjectStore(str(folder / "store")), "run")
+
+
+STATEFUL: Mapping[str, Any] = {**UNEVEN, "algorithm": "tests.builders:Leaning"}
+
+
+@pytest.fixture(scope="module")
+def undisturbed() -> Journal:
+    return reference(recipe(**STATEFUL), SITES)
+
+
+FAULTS = {
+    "before round 0 is written": fail_at("manifest", round=0),
+    "after it": fail_at("manifest", round=0, when="after"),
+    "what the sites remember is written, the state is not": Fault(at="/public/run/objects/", nth=5),
+    "the state is written, the manifest is not": fail_at("manifest", round=1),
+    "the evaluation is not": fail_at("evaluation", round=1),
+    "at the end": fail_at("evaluation", round=2, when="after"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+def test_a_killed_simulation_goes_on_to_the_same_bytes(fault: Fault, undisturbed: Journal, tmp_path: Path) -> None:
+    assert simulated(tmp_path, STATEFUL, fault) == -signal.SIGKILL
+    assert simulated(tmp_path, STATEFUL) == 0
+    assert bits(there(tmp_path)) == bits(undisturbed)
+    assert evaluations(there(tmp_path)) == evaluations(undisturbed)
+
+
+def test_no_process_outlives_a_killed_simulation(tmp_path: Path) -> None:
+    assert simulated(tmp_path, STATEFUL, fail_at("manifest", round=0)) == -signal.SIGKILL
+    while any(str(tmp_path).encode() in command for command in _commands()):
+        time.sleep(0.1)
+
+
+def _commands() -> Iterator[bytes]:
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            yield path.read_bytes()
+
+
+def test_more_rounds_go_on_from_where_the_run_ended(tmp_path: Path, undisturbed: Journal) -> None:
+    log = tmp_path / "log"
+    work = {"workload": {"path": "tests.builders:Blobs", "args": {"log": str(log)}}}
+    assert simulated(tmp_path, {**STATEFUL, **work, "rounds": 1}) == 0
+    assert simulated(tmp_path, {**STATEFUL, **work}) == 0
+    assert sum(trainings(log).values()) == 6
+    assert bits(there(tmp_path)) == bits(undisturbed)
+
+
+def test_without_what_its_sites_remember_a_run_does_not_go_on(tmp_path: Path) -> None:
+    store, book = str(tmp_path / "store"), tmp_path / "book.sqlite"
+    fields = {**STATEFUL, "rounds": 1}
+    simulate(recipe(**fields), SITES, store=store, run="run", book=book, backend="debug")
+    book.unlink()
+    with pytest.raises(
+        SiteStateLost, match=r"site states lost: found those as of commit -1 in .*book.sqlite, expected commit 0's"
+    ):
+        simulate(recipe(**STATEFUL), SITES, store=store, run="run", book=book, backend="debug")
+    assert head(there(tmp_path)).round == 0
+
+
+# -- workers that die --------------------------------------------------------------------------------------------------
+def test_a_worker_that_is_killed_loses_no_update(undisturbed: Journal, tmp_path: Path) -> None:
+    token = tmp_path / "fired"
+    assert simulated(tmp_path, STATEFUL, fail_at("training", round=1, token=token)) == 0
+    assert token.exists()
+    assert bits(there(tmp_path)) == bits(undisturbed)
+    assert [len(r.sites) for r in summarize(there(tmp_path)).rounds] == [2, 2, 2]
+
+
+class Deadly(Blobs):
+    """Whoever trains site 2 dies."""
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        if self.site == "site-2":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().loss(model, batch)
+
+
+def test_a_site_over_which_processes_die_is_excluded() -> None:
+    deadly = recipe(workload="tests.simulation.test_simulation:Deadly", quorum=2, rounds=1)
+    found = head(simulate(deadly, SITES, workers=2))
+    assert sorted(found.contributors) == ["site-1", "site-3"]
+    assert "its process died 3 times (exit code -9)" in found.excluded["site-2"]
+    others = simulate(recipe(quorum=2, rounds=1), ["site-1", "site-3"], backend="debug")
+    assert found.model_digest == head(others).model_digest
+
+
+# -- sites that fail ---------------------------------------------------------------------------------------------------
+class Failing(Blobs):
+    """Site 2 fails in one way or another as long as there is a file `broken` that says how."""
+
+    def __init__(self, site: str, broken: str) -> None:
+        super().__init__(site)
+        self.broken = Path(broken)
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        loss = super().loss(model, batch)
+        if self.site != "site-2" or not self.broken.exists():
+            return loss
+        if self.broken.read_text() == "diverges":
+            return loss * float("inf")
+        raise RuntimeError("the disk is on fire")
+
+
+def failing(tmp_path: Path, how: str, **fields: Any) -> Recipe:
+    (tmp_path / "broken").write_text(how)
+    args = {"broken": str(tmp_path / "broken")}
+    return recipe(workload={"path": "tests.simulation.test_simulation:Failing", "args": args}, **fields)
+
+
+@pytest.mark.parametrize("options", [{"backend": "debug"}, {"workers": 2}], ids=["debug", "processes"])
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("raises", r"training failed:\n.*RuntimeError: the disk is on fire"),
+        ("diverges", r"not finite: \w+/\S+ \(\d+ of"),
+    ],
+)
+def test_a_site_that_fails_is_excluded_with_the_reason(
+    how: str, reason: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    found = head(simulate(failing(tmp_path, how, quorum=2), SITES, **options))
+    assert sorted(found.contributors) == ["site-1", "site-3"]
+    assert re.match(reason, found.excluded["site-2"], re.DOTALL)
+
+
+def test_below_the_quorum_the_run_stops_and_goes_on_when_the_site_is_back(tmp_path: Path) -> None:
+    options: dict[str, Any] = {
+        "store": str(tmp_path / "store"), "run": "run", "book": tmp_path / "book.sqlite", "workers": 2
+    }  # fmt: skip
+    broken = failing(tmp_path, "raises", quorum=3)
+    with pytest.raises(
+        QuorumLost, match=r"round 0: found 2 valid updates, expected 3; missing: site-2: training failed"
+    ):
+        simulate(broken, SITES, **options)
+    assert there(tmp_path).committed() == []
+    (tmp_path / "broken").unlink()
+    assert head(simulate(broken, SITES, **options)).model_digest == head(reference(recipe(), SITES)).model_digest
+
+
+def test_sites_that_are_not_given_again_are_absent(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"store": str(tmp_path), "run": "run", "backend": "debug"}
+    simulate(recipe(rounds=1), SITES, **options)
+    found = head(simulate(recipe(rounds=2), SITES[:2], **options))
+    assert sorted(found.contributors) == list(SITES[:2])
+    assert found.excluded == {"site-3": "not among the sites"}

@@ -9,8 +9,9 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from importlib.metadata import entry_points
 from types import ModuleType
 from typing import Any
@@ -99,6 +100,9 @@ def _module(name: str) -> ModuleType:
         return importlib.import_module(name)
 
 
+_signature = lru_cache(maxsize=64)(inspect.signature)
+
+
 def call(found: Any, args: Mapping[str, Any], *, field: str, **given: Any) -> Any:
     """`found(**args, **given)`, where `given` is passed only as far as the signature asks for it.
 
@@ -106,7 +110,7 @@ def call(found: Any, args: Mapping[str, Any], *, field: str, **given: Any) -> An
     """
     if not callable(found):
         return found
-    signature = inspect.signature(found)
+    signature = _signature(found) if isinstance(found, Hashable) else inspect.signature(found)
     wants = signature.parameters
     extra = {k: v for k, v in given.items() if k in wants and k not in args}
     try:

@@ -17,6 +17,7 @@ __all__ = [
     "CHUNK",
     "LazyGroups",
     "ModelDigest",
+    "Packed",
     "WeightedMean",
     "cast",
     "dtype_name",
@@ -36,14 +37,47 @@ BLOCK = 16
 _NARROW = (torch.float16, torch.bfloat16)
 
 
+class Packed(Mapping[str, Tensor]):
+    """Tensors that lie in a few flat ones, so that what is done to all of them is done to those.
+
+    flats:  dtype -> one-dimensional tensor
+    places: name -> dtype, first element and shape of its tensor there. What lies between them is of no matter.
+    """
+
+    def __init__(self, flats: Mapping[torch.dtype, Tensor], places: Mapping[str, Place]) -> None:
+        self.flats, self.places = flats, places
+        self._views: dict[str, Tensor] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        found = self._views.get(name)
+        if found is None:
+            dtype, start, shape = self.places[name]
+            found = self._views[name] = self.flats[dtype][start : start + math.prod(shape)].view(shape)
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.places
+
+
+Place = tuple[torch.dtype, int, tuple[int, ...]]
+
+
 class WeightedMean:
     """Σ wᵢ·tᵢ / Σ wᵢ per name, in float64, over a fixed tree: blocks of `BLOCK` updates in the order of `add`.
 
     A name is averaged over the updates that have it. A mean of one update is that update, to the bit.
     Memory: one update and two float64 sums at most, whatever the number of updates.
+    Updates that are all packed in the same way are averaged as they are packed, to the same bits.
     """
 
     def __init__(self) -> None:
+        self._places: Mapping[str, Place] | None = None
         self._total: dict[str, Tensor] = {}
         self._block: dict[str, Tensor] = {}
         self._weight: dict[str, float] = {}
@@ -54,6 +88,11 @@ class WeightedMean:
 
     def add(self, tensors: Tensors, weight: float) -> None:
         """Add one update. Raises ValueError where a name comes with another shape or dtype than before."""
+        if isinstance(tensors, Packed) and (not self._added or tensors.places == self._places):
+            self._places = tensors.places
+            tensors = {dtype_name(dtype): flat for dtype, flat in tensors.flats.items()}
+        elif self._places is not None:
+            self._unpack(self._places)
         for name, tensor in tensors.items():
             if self._dtype.setdefault(name, tensor.dtype) != tensor.dtype:
                 raise ValueError(f"{name}: {tensor.dtype} after {self._dtype[name]}")
@@ -70,6 +109,20 @@ class WeightedMean:
         if self._added % BLOCK == 0:
             self._close_block()
 
+    def _unpack(self, places: Mapping[str, Place]) -> None:
+        """From now on by name."""
+
+        def views(flats: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return dict(Packed({d: flats[dtype_name(d)] for d, _, _ in places.values()}, places)) if flats else {}
+
+        names = {name: dtype_name(dtype) for name, (dtype, _, _) in places.items()}
+        singles = {flat: one for flat, one in self._single.items() if one is not None}
+        self._places, self._total, self._block = None, views(self._total), views(self._block)
+        self._single = {**dict.fromkeys(places), **views(singles)}
+        self._weight = {name: self._weight[flat] for name, flat in names.items()}
+        self._dtype = {name: dtype for name, (dtype, _, _) in places.items()}
+        self._shape = {name: torch.Size(shape) for name, (_, _, shape) in places.items()}
+
     def _close_block(self) -> None:
         for name, partial in self._block.items():
             self._total[name] = self._total[name].add_(partial) if name in self._total else partial
@@ -79,9 +132,13 @@ class WeightedMean:
         """The means in float64, not yet rounded (see `cast`); a mean of one update as that update sent it. To be asked once."""
         self._close_block()
         total, self._total = self._total, {}
-        return {
+        found = {
             name: total[name].div_(self._weight[name]) if (one := self._single[name]) is None else one for name in total
         }
+        if self._places is None:
+            return found
+        flats = {dtype: found[dtype_name(dtype)] for dtype, _, _ in self._places.values()}
+        return dict(Packed(flats, self._places))
 
 
 _TILE = 1 << 16  # elements whose float64 values fit into a core's cache
@@ -90,6 +147,9 @@ _TILE = 1 << 16  # elements whose float64 values fit into a core's cache
 def _add_scaled(total: Tensor, tensor: Tensor, weight: float) -> None:
     """total ← total + weight·tensor in float64, product and sum each rounded once; without temporaries of their size."""
     scratch = torch.empty(min(_TILE, tensor.numel()), dtype=torch.float64)
+    if tensor.numel() <= _TILE:
+        total.view(-1).add_(scratch.copy_(tensor.reshape(-1)).mul_(weight))
+        return
     for into, tile in zip(torch.split(total.view(-1), _TILE), torch.split(tensor.reshape(-1), _TILE), strict=True):
         into.add_(scratch[: len(tile)].copy_(tile).mul_(weight))
 
@@ -179,7 +239,8 @@ def pairs(groups: Groups) -> Iterator[tuple[str, str, Tensor]]:
 
 def non_finite(groups: Groups) -> str | None:
     """The first tensor that holds NaN or infinity, as "group/name (count of size)", or None."""
-    for group, name, tensor in pairs(groups):
+    some = {g: t for g, t in groups.items() if not (isinstance(t, Packed) and all(map(_is_finite, t.flats.values())))}
+    for group, name, tensor in pairs(some):
         if not _is_finite(tensor):
             bad = int((~torch.isfinite(_comparable(tensor))).sum())
             return f"{group}/{name} ({bad} of {tensor.numel()} elements are NaN or infinite)"
@@ -191,8 +252,8 @@ def _is_finite(tensor: Tensor) -> bool:
     if not tensor.numel() or not (tensor.is_floating_point() or tensor.is_complex()):
         return True
     values = _comparable(tensor)
-    extremes = torch.aminmax(torch.view_as_real(values) if values.is_complex() else values)
-    return bool(torch.isfinite(extremes.min) & torch.isfinite(extremes.max))
+    low, high = torch.aminmax(torch.view_as_real(values) if values.is_complex() else values)
+    return math.isfinite(low.item()) and math.isfinite(high.item())
 
 
 def _comparable(tensor: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fedflow.tensors import (
     BLOCK,
+    Packed,
     WeightedMean,
     cast,
     interpolate,
@@ -131,6 +132,41 @@ def test_the_mean_matches_numbers_computed_independently() -> None:
         torch.testing.assert_close(
             mean_of(updates)["a"], torch.tensor(case["expected"], dtype=torch.float64), rtol=1e-15, atol=0
         )
+
+
+def pack(tensors: dict[str, Tensor], gap: int) -> Packed:
+    """`tensors` in a flat one a dtype, with `gap` elements between them."""
+    flats, places = {}, {}
+    for dtype in {t.dtype for t in tensors.values()}:
+        parts: list[Tensor] = []
+        for name, tensor in tensors.items():
+            if tensor.dtype == dtype:
+                places[name] = (dtype, sum(map(len, parts)), tuple(tensor.shape))
+                parts += [tensor.reshape(-1), torch.full((gap,), 7, dtype=dtype)]
+        flats[dtype] = torch.cat(parts)
+    return Packed(flats, places)
+
+
+@properties
+@given(st.lists(st.tuples(WEIGHTS, st.booleans()), min_size=1, max_size=40), st.integers(0, 3), st.booleans())
+def test_packed_updates_have_the_mean_of_those_that_are_not(
+    updates: list[tuple[int, bool]], gap: int, all_packed: bool
+) -> None:
+    """Some of them packed, all of them, none."""
+    random = torch.Generator().manual_seed(len(updates))
+
+    def drawn() -> dict[str, Tensor]:
+        some = {"a": torch.randn(3, 2, generator=random), "b": torch.randn((), generator=random).double()}
+        return some | {"c": torch.randint(9, (2,), generator=random), "d": torch.empty(0, 4), "e": torch.ones(1) / 3}
+
+    plain = [(weight, drawn()) for weight, _ in updates]
+    mixed = [
+        (weight, pack(tensors, gap) if all_packed or chosen else tensors)
+        for (weight, tensors), (_, chosen) in zip(plain, updates, strict=True)
+    ]
+    found, wanted = mean_of(mixed), mean_of(plain)
+    assert found.keys() == wanted.keys()
+    assert all(same_bits(found[name], wanted[name]) and found[name].shape == wanted[name].shape for name in wanted)
 
 
 def test_a_name_with_two_dtypes_is_refused() -> None:

@@ -12,7 +12,7 @@ from fedflow.algorithm import Training
 from fedflow.local import numerics
 from fedflow.local.session import Session
 from fedflow.local.trainer import Request, SessionTrainer
-from fedflow.local.workload import AdaptedWorkload, Setup, TorchWorkload
+from fedflow.local.workload import Setup, TorchWorkload, is_adapted
 from fedflow.recipe import Optimizer
 from fedflow.types import Groups, RoundContext, Tensors, derive_seed
 
@@ -21,7 +21,7 @@ __all__ = ["LocalTrainer", "training_of"]
 
 def training_of(workload: Any, setup: Setup) -> Training:
     """How `workload` is trained: as it says itself, or by the built-in loop."""
-    if isinstance(workload, AdaptedWorkload):
+    if is_adapted(workload):
         return workload.training(setup)
     return LocalTrainer(**setup.options(workload))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,15 @@ from fedflow.errors import ResolveError, field_error
 from fedflow.local.state import Memory
 from fedflow.recipe import LocalTraining, Numerics
 
-__all__ = ["AdaptedWorkload", "Setup", "TensorWorkload", "TorchWorkload", "check_evaluator", "check_workload"]
+__all__ = [
+    "AdaptedWorkload",
+    "Setup",
+    "TensorWorkload",
+    "TorchWorkload",
+    "check_evaluator",
+    "check_workload",
+    "is_adapted",
+]
 
 
 @dataclass(frozen=True)
@@ -39,13 +47,17 @@ class Setup:
         return {"workload": workload, **{f.name: getattr(self, f.name) for f in fields(self)}}
 
 
-@runtime_checkable
 class AdaptedWorkload(Protocol):
     """A workload that is no `TorchWorkload`: it says itself how it is trained."""
 
     def training(self, setup: Setup) -> Training:
         """The training that algorithms are given."""
         ...
+
+
+def is_adapted(workload: Any) -> TypeGuard[AdaptedWorkload]:
+    """Whether `workload` says itself how it is trained."""
+    return callable(getattr(workload, "training", None))
 
 
 class TorchWorkload(ABC):
@@ -117,7 +129,7 @@ class TensorWorkload(TorchWorkload):
 
 def check_workload(found: Any, field: str) -> Any:
     """`found` if it can be trained on, else ResolveError."""
-    if isinstance(found, AdaptedWorkload):
+    if is_adapted(found):
         return found
     return _check(found, field, ("__len__", "batches", "loss"))
 

@@ -71,6 +71,8 @@ class SiteBook:
             for table in ("sites", "states"):
                 self._file.execute(f"delete from {table} where run = ? and step > ?", (run, head if known >= 0 else -1))
             self._file.execute("insert or replace into runs values (?, ?, ?)", (run, nonce, head))
+        known_sites = self._reading.execute("select distinct site from states where run = ?", (run,))
+        self._remembering = {site for (site,) in known_sites}
         self._pending: list[tuple[dict[SiteId, Entry], dict[SiteId, Encoded]]] = []
 
     def entries(self) -> dict[SiteId, Entry]:
@@ -82,6 +84,8 @@ class SiteBook:
 
     def kept(self, site: SiteId) -> Encoded | None:
         """What `site` remembers, encoded."""
+        if site not in self._remembering:
+            return None
         with self._lock:
             pending = self._pending[::-1]
         for _, states in pending:
@@ -96,6 +100,7 @@ class SiteBook:
         """What a phase adds; found at once, and in the file after the next `write`."""
         with self._lock:
             self._pending.append((dict(entries), dict(states)))
+        self._remembering |= states.keys()
 
     def write(self, step: int, committed: int) -> None:
         """Write the oldest noted phase, which is to be commit `step`; on disk when this returns.

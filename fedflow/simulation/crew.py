@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +21,8 @@ import torch
 from fedflow.memory import settle
 from fedflow.recipe import Recipe
 from fedflow.simulation.runner import Answer, Phase, SiteRunner, Task
-from fedflow.simulation.shared import Layout, SharedBuffer, fill
+from fedflow.simulation.shared import Layout, SharedBuffer, copied, fill
+from fedflow.tensors import Packed
 from fedflow.types import SiteId, spec_of
 
 __all__ = ["Crew", "Here", "Processes", "die_with"]
@@ -50,7 +52,8 @@ class Here:
     runner: SiteRunner
 
     def answers(self, phase: Phase, tasks: Sequence[Task]) -> Iterator[Answer]:
-        return (self.runner.answer(task, phase) for task in tasks)
+        layout = Layout(phase.expects)
+        return (self.runner.answer(task, phase, lambda groups: fill(layout.empty(), groups)) for task in tasks)
 
     def close(self) -> None:
         """Nothing was started."""
@@ -163,10 +166,8 @@ class Processes:
             worker.tasks.remove(number)
             if answer.update is not None:
                 assert worker.space
-                views = layout.views(worker.space.map, slot * layout.size)
-                names = answer.update.tensors
-                tensors = {g: {n: views[g][n].clone() for n in names[g]} for g in names}
-                answer = replace(answer, update=replace(answer.update, tensors=tensors))
+                there = copied(layout.views(worker.space.map, slot * layout.size))
+                answer = replace(answer, tensors={g: _named(there[g], names) for g, names in answer.tensors.items()})
             found[number] = answer
 
     def _bury(self, worker: _Worker, tasks: Sequence[Task], layout: Layout, found: dict[int, Answer]) -> None:
@@ -228,13 +229,17 @@ def _work(connection: Any, recipe: str, sites: list[SiteId], parent: int) -> Non
             phase = Phase(run, round, name, num_sites, Layout(spec).views(mapped[path]), expects)
             continue
         for number, task in message[1]:
-            answer, slot = runner.answer(task, phase), next(slots)
+            slot = next(slots)
+            answer = runner.answer(task, phase, partial(fill, layout.views(mapped[space], slot * layout.size)))
             if answer.update is not None:
-                tensors = answer.update.tensors
-                fill(layout.views(mapped[space], slot * layout.size), tensors)
-                names: Any = {group: dict.fromkeys(tensors[group]) for group in tensors}
-                answer = replace(answer, update=replace(answer.update, tensors=names))
+                names: Any = {g: None if isinstance(ts, Packed) else list(ts) for g, ts in answer.tensors.items()}
+                answer = replace(answer, tensors=names)
             connection.send((number, slot, answer))
+
+
+def _named(packed: Packed, names: Any) -> Any:
+    """All of them, or those that a worker named."""
+    return packed if names is None else {name: packed[name] for name in names}
 
 
 def die_with(parent: int) -> None:

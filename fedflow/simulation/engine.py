@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import queue
 import threading
@@ -40,7 +41,8 @@ from fedflow.store.objects import ObjectStore
 from fedflow.store.records import ContributorSummary, Evaluation, Manifest, Plan, TaskRecord, finite, utc_now
 from fedflow.store.state import read_state, tensor_fields
 from fedflow.store.tensors import Part
-from fedflow.types import RoundContext, SiteId, SiteTask, SiteView, Tensors, Update, derive_seed, spec_of
+from fedflow.tensors import Packed
+from fedflow.types import RoundContext, SiteId, SiteTask, SiteView, Spec, Tensors, Update, derive_seed, spec_of
 
 __all__ = ["BACKENDS", "Backend", "Simulation", "simulate"]
 
@@ -187,8 +189,9 @@ class Simulation:
         tasks = [Task(site, _overrides(chosen[site]), self._book.kept(site)) for site in sorted(chosen)]
         seed = derive_seed(self.recipe.seed, step.round, step.phase, None)
         context = RoundContext(phase.run, phase.round, phase.phase, None, phase.num_sites, seed)
-        received = sum(t.numel() * t.element_size() for ts in broadcast.values() for t in ts.values())
-        done = _Done(step, self._head_number(step), opened, received)
+        names = {name for specs in expects.values() for name in specs}
+        sizes = _bytes(spec_of(broadcast)), _bytes(expects)
+        done = _Done(step, self._head_number(step), opened, *sizes, names)
         updates = self._valid(self.crew.answers(phase, tasks), done)
         if algorithm.measures:
             raw = list(updates)
@@ -220,14 +223,15 @@ class Simulation:
     def _valid(self, answers: Iterator[Answer], done: _Done) -> Iterator[Update]:
         """The updates that count; everything else about them is noted."""
         for answer in answers:
-            update, reason = answer.update, answer.reason
-            if update is not None:
+            reason = answer.reason
+            if answer.update is not None:
+                update = replace(answer.update, tensors=answer.tensors)
                 try:
                     self.algorithm.decode(update, self._state, done.step.phase) if self.recipe.transforms else None
                 except UpdateInvalid as error:
                     reason = str(error)
-            if update is None or reason is not None:
-                done.excluded[answer.site] = reason or ""
+            if reason is not None:
+                done.excluded[answer.site] = reason
                 continue
             done.add(answer, update, self.algorithm.weight(update))
             yield update
@@ -304,16 +308,21 @@ class Simulation:
 
 @dataclass
 class _Done:
-    """One phase: what is committed of it. number: of the commit."""
+    """One phase: what is committed of it.
+
+    number: of the commit; received, bytes: of broadcast and update; names: of a complete update; fewer: of those that are not
+    """
 
     step: Step
     number: int
     opened: datetime
     received: int
+    bytes: int
+    names: set[str]
     answers: list[Answer] = field(default_factory=list)
     contributors: dict[SiteId, ContributorSummary] = field(default_factory=dict)
     excluded: dict[SiteId, str] = field(default_factory=dict)
-    names: dict[SiteId, frozenset[str]] = field(default_factory=dict)
+    fewer: dict[SiteId, set[str]] = field(default_factory=dict)
     state: Any = None
     evaluation: Mapping[str, float | None] | None = None
     plan: Callable[[Manifest], Plan] | None = None
@@ -321,8 +330,11 @@ class _Done:
 
     def add(self, answer: Answer, update: Update, weight: float) -> None:
         """An update that counts; its tensors are not kept."""
-        self.names[answer.site] = frozenset(name for tensors in update.tensors.values() for name in tensors)
-        self.answers.append(replace(answer, update=None))
+        size = self.bytes
+        if any(not isinstance(tensors, Packed) for tensors in update.tensors.values()):
+            self.fewer[answer.site] = {name for tensors in update.tensors.values() for name in tensors}
+            size = _bytes(spec_of(update.tensors))
+        self.answers.append(replace(answer, update=None, tensors={}))
         self.contributors[answer.site] = ContributorSummary.model_construct(
             update="",
             base_round=update.base_round,
@@ -332,7 +344,7 @@ class _Done:
             lr_sum=update.lr_sum,
             metrics=finite(update.metrics),
             seconds=answer.seconds,
-            bytes=sum(t.numel() * t.element_size() for ts in update.tensors.values() for t in ts.values()),
+            bytes=size,
             received=self.received,
             numerics=dict(update.numerics),
             training_state=answer.training_state,
@@ -343,12 +355,15 @@ class _Done:
         return weighted_metrics(self.contributors)
 
     def partial(self) -> dict[str, list[SiteId]]:
-        """Name -> the sites that sent it, where not all did."""
-        if len(set(self.names.values())) <= 1:
+        """Which names not all sites sent, and who did."""
+        if not self.fewer:
             return {}
-        everywhere = sorted(frozenset().union(*self.names.values()))
-        senders = {name: [site for site, names in self.names.items() if name in names] for name in everywhere}
-        return {name: sites for name, sites in senders.items() if len(sites) < len(self.names)}
+        sent = {site: self.fewer.get(site, self.names) for site in self.contributors}
+        senders = {
+            name: [site for site, found in sent.items() if name in found]
+            for name in sorted(set().union(*sent.values()))
+        }
+        return {name: sites for name, sites in senders.items() if len(sites) < len(sent)}
 
 
 class _View(Mapping[SiteId, SiteView]):
@@ -409,6 +424,10 @@ class _Writer:
                     self._simulation.commit(done)
                 except BaseException as error:
                     self._failure = error
+
+
+def _bytes(spec: Spec) -> int:
+    return sum(math.prod(s.shape) * s.dtype.itemsize for specs in spec.values() for s in specs.values())
 
 
 def _overrides(task: SiteTask) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from fedflow.memory import tidy_after
 from fedflow.recipe import Recipe
 from fedflow.registry import call, resolve
 from fedflow.simulation.kept import Encoded, Kept, decode, encode
+from fedflow.tensors import non_finite
 from fedflow.types import Groups, RoundContext, SiteId, Spec, Update, derive_seed
 
 __all__ = ["Answer", "Phase", "SiteRunner", "Task"]
@@ -51,10 +52,11 @@ class Task:
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of it: an update with what the site remembers if it counts, or the reason why there is none."""
+    """What came of it: an update, its tensors apart, with what the site remembers if it counts; or why there is none."""
 
     site: SiteId
     update: Update | None
+    tensors: Groups = field(default_factory=dict)
     kept: Encoded | None = None
     reason: str | None = None
     seconds: float = 0.0
@@ -85,8 +87,11 @@ class SiteRunner:
     def _build(self) -> nn.Module:
         return build_model(self.recipe.model.path, self.recipe.model.args, seed=self.recipe.seed)
 
-    def answer(self, task: Task, phase: Phase) -> Answer:
-        """What a site's step gives, and to the same bits; nothing in it lies in memory that the next call uses again."""
+    def answer(self, task: Task, phase: Phase, pack: Callable[[Groups], Groups]) -> Answer:
+        """What a site's step gives, and to the same bits.
+
+        pack: puts an update's tensors where they stay as they are during the next call
+        """
         started = time.monotonic()
         try:
             update, kept, note = self._done(task, phase)
@@ -98,7 +103,11 @@ class SiteRunner:
             tidy_after(phase.round, self._training(task.site).tidy_every)
         if problem := problem_of(update, phase.expects, self.algorithm):
             return Answer(task.site, None, reason=problem)
-        return Answer(task.site, update, kept, seconds=time.monotonic() - started, training_state=note)
+        tensors = pack(update.tensors)
+        if bad := non_finite(tensors):
+            return Answer(task.site, None, reason=f"not finite: {bad}")
+        update = replace(update, tensors={})
+        return Answer(task.site, update, tensors, kept, seconds=time.monotonic() - started, training_state=note)
 
     def _done(self, task: Task, phase: Phase) -> tuple[Update, Encoded | None, str | None]:
         algorithm, recipe = self.algorithm, self.recipe
@@ -117,7 +126,7 @@ class SiteRunner:
         training = training_of(self._workload(task.site), setup)
         state = before.state if before else algorithm.init_site(phase.broadcast, training, context)
         update, after = algorithm.site_update(phase.broadcast, state, training, context)
-        return _owned(update), encode(Kept(after, memory.after)), memory.note
+        return update, encode(Kept(after, memory.after)), memory.note
 
     def _training(self, site: SiteId) -> Any:
         return self._trainings.get(site, self.recipe.training)
@@ -146,9 +155,3 @@ class _Copies:
         if sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers())) <= _SMALL:
             self._first = copy.deepcopy(module)
         return module
-
-
-def _owned(update: Update) -> Update:
-    """`update` with tensors that nobody else has."""
-    groups = {group: {n: t.detach().clone() for n, t in ts.items()} for group, ts in update.tensors.items()}
-    return replace(update, tensors=groups)

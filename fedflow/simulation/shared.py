@@ -14,49 +14,67 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fedflow.tensors import Packed, Place
 from fedflow.types import Groups, Spec, Tensors
 
-__all__ = ["Layout", "SharedBuffer"]
+__all__ = ["Layout", "SharedBuffer", "copied", "fill"]
 
 _ALIGNED = 64  # bytes: a line of the processor's cache
 
 
 class Layout:
-    """Where the tensors of a spec lie, one after the other. size: bytes of all of them."""
+    """Where the tensors of a spec lie: those of a group and dtype one behind the other. size: bytes of all of them."""
 
     def __init__(self, spec: Spec) -> None:
         self.spec = {group: dict(tensors) for group, tensors in spec.items()}
-        self._places: dict[str, list[tuple[str, int, int]]] = {}
+        self._places: dict[str, dict[str, Place]] = {}
+        self._flats: dict[str, dict[torch.dtype, tuple[int, int]]] = {}  # first byte, elements
         at = 0
         for group, tensors in self.spec.items():
-            self._places[group] = []
-            for name, s in tensors.items():
-                count = prod(s.shape)
-                self._places[group].append((name, at, count))
-                at += -(-count * s.dtype.itemsize // _ALIGNED) * _ALIGNED
+            self._places[group], self._flats[group] = {}, {}
+            for dtype in dict.fromkeys(s.dtype for s in tensors.values()):
+                elements, step = 0, max(1, _ALIGNED // dtype.itemsize)
+                for name, s in tensors.items():
+                    if s.dtype == dtype:
+                        self._places[group][name] = (dtype, elements, s.shape)
+                        elements += -(-prod(s.shape) // step) * step
+                self._flats[group][dtype] = at, elements
+                at += elements * dtype.itemsize
         self.size = at
 
-    def views(self, buffer: mmap.mmap, start: int = 0) -> dict[str, dict[str, Tensor]]:
-        """The tensors in `buffer` from byte `start` on; they change when its bytes do."""
-        found: dict[str, dict[str, Tensor]] = {}
-        for group, places in self._places.items():
-            found[group] = {}
-            for name, at, count in places:
-                shape, dtype = self.spec[group][name].shape, self.spec[group][name].dtype
-                if count:
-                    flat = torch.frombuffer(buffer, dtype=dtype, count=count, offset=start + at)
-                    found[group][name] = flat.view(shape)
-                else:
-                    found[group][name] = torch.empty(shape, dtype=dtype)
-        return found
+    def views(self, buffer: mmap.mmap | bytearray, start: int = 0) -> dict[str, Packed]:
+        """The tensors in `buffer` from byte `start` on, by group; they change when its bytes do."""
+
+        def flat(dtype: torch.dtype, at: int, elements: int) -> Tensor:
+            if not elements:
+                return torch.empty(0, dtype=dtype)
+            return torch.frombuffer(buffer, dtype=dtype, count=elements, offset=start + at)
+
+        return {
+            group: Packed({dtype: flat(dtype, *place) for dtype, place in flats.items()}, self._places[group])
+            for group, flats in self._flats.items()
+        }
+
+    def empty(self) -> dict[str, Packed]:
+        """The same in memory of their own, to be filled."""
+        return self.views(bytearray(max(self.size, 1)))
 
 
-def fill(views: Mapping[str, Tensors], groups: Groups) -> None:
-    """Copy `groups`, or those names of them that are there, into `views`."""
+def copied(groups: Mapping[str, Packed]) -> dict[str, Packed]:
+    """The same tensors in memory of their own."""
+    return {g: Packed({dtype: flat.clone() for dtype, flat in p.flats.items()}, p.places) for g, p in groups.items()}
+
+
+def fill(views: Mapping[str, Packed], groups: Groups) -> dict[str, Tensors]:
+    """Copy `groups`, or those names of them that are there, into `views`. Returns the groups as they then are there."""
+    found: dict[str, Tensors] = {}
     with torch.no_grad():
         for group, tensors in groups.items():
             for name, tensor in tensors.items():
                 views[group][name].copy_(tensor)
+            whole = len(tensors) == len(views[group])
+            found[group] = views[group] if whole else {name: views[group][name] for name in tensors}
+    return found
 
 
 class SharedBuffer:

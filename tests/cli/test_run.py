@@ -97,9 +97,10 @@ def test_longer_and_larger(project: Project, monkeypatch: pytest.MonkeyPatch) ->
     """A run is called again, extended, joined by a site; each time it goes on from what is committed."""
     first = project.call("run", project.recipe(rounds=1), "--run-id", "mine", "--quiet")
     assert first.out.startswith("mine finished: 1 rounds\n")  # nothing but the result
+    committed = journal(project, "mine").manifest(0, "train")
     again = project.call("run", "recipe.yaml", "--run-id", "mine", "--json")
-    assert again.code == 0
-    assert len(journal(project, "mine").outcomes()) == 1
+    assert again.code == 0 and journal(project, "mine").committed() == [(0, "train")]
+    assert journal(project, "mine").manifest(0, "train") == committed
 
     extended = project.call("extend", "mine", "--rounds", 2)
     assert extended.code == 0, extended

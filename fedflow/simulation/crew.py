@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Protocol
 
 import torch
@@ -220,8 +221,10 @@ def _work(connection: Any, recipe: str, sites: list[SiteId], parent: int) -> Non
     torch.set_num_threads(1)
     runner = SiteRunner(Recipe.model_validate_json(recipe), sites)
     mapped: dict[Any, Any] = {}
+    inbox: SimpleQueue[Any] = SimpleQueue()
+    threading.Thread(target=_listen, args=(connection, inbox), daemon=True).start()
     while True:
-        message = connection.recv()
+        message = inbox.get()
         if message[0] == "phase":
             _, (run, round, name, num_sites), path, spec, expects, space, ahead = message
             layout, slots = Layout(expects), itertools.cycle(range(ahead))
@@ -235,6 +238,15 @@ def _work(connection: Any, recipe: str, sites: list[SiteId], parent: int) -> Non
                 names: Any = {g: None if isinstance(ts, Packed) else list(ts) for g, ts in answer.tensors.items()}
                 answer = replace(answer, tensors=names)
             connection.send((number, slot, answer))
+
+
+def _listen(connection: Any, inbox: SimpleQueue[Any]) -> None:
+    """Take whatever comes at once: else this process might wait to be rid of an answer, and the other one of a task."""
+    try:
+        while True:
+            inbox.put(connection.recv())
+    except (EOFError, OSError):
+        os._exit(1)
 
 
 def _named(packed: Packed, names: Any) -> Any:

@@ -78,6 +78,20 @@ def test_a_cohort_larger_than_what_may_wait_to_be_reduced() -> None:
     assert bits(simulate(wide, sites, workers=2)) == bits(reference(wide, sites))
 
 
+class Wide(nn.Sequential):
+    """What a site remembers of it is larger than what a pipe holds."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(4, 20_000), nn.ReLU(), nn.Linear(20_000, 3))
+
+
+def test_states_larger_than_a_pipe_holds_go_both_ways() -> None:
+    sites = [f"site-{i:02}" for i in range(1, 25)]
+    once = {"steps": 1, "batch_size": 4, "optimizer": {"lr": 0.1}}
+    wide = recipe(model="tests.simulation.test_simulation:Wide", algorithm="tests.builders:Leaning", training=once)
+    assert bits(simulate(wide, sites, workers=1)) == bits(reference(wide, sites))
+
+
 def test_workloads_given_as_objects_are_those_of_the_recipe() -> None:
     given = simulate(recipe(), {site: Blobs(site) for site in SITES}, model=Tiny, backend="debug")
     assert bits(given) == bits(simulate(recipe(), SITES, backend="debug"))

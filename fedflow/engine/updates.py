@@ -149,6 +149,8 @@ def problem_of(update: Update, expects: Spec, algorithm: Algorithm) -> str | Non
         _check_groups(update.tensors, expects)
         for group, found in spec_of(update.tensors).items():
             _check_spec(group, found, expects[group], algorithm)
+        if bad := [name for name, value in update.scalars.items() if not math.isfinite(value)]:
+            raise UpdateInvalid(f"scalars: found {update.scalars[bad[0]]!r} as {bad[0]}, expected a finite number")
     except UpdateInvalid as error:
         return str(error)
     return None

@@ -69,7 +69,9 @@ class SiteBook:
         with self._file:
             self._file.execute("begin")
             for table in ("sites", "states"):
-                self._file.execute(f"delete from {table} where run = ? and step > ?", (run, head if known >= 0 else -1))
+                self._file.execute(
+                    f"delete from {table} where run = ? and step > ?", (run, head if known >= head else -1)
+                )
             self._file.execute("insert or replace into runs values (?, ?, ?)", (run, nonce, head))
         known_sites = self._reading.execute("select distinct site from states where run = ?", (run,))
         self._remembering = {site for (site,) in known_sites}

@@ -7,10 +7,11 @@ import logging
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any, Protocol
 
 import torch
 
+from fedflow.errors import FedflowError
 from fedflow.memory import settle
 from fedflow.recipe import Recipe
 from fedflow.simulation.runner import Answer, Phase, SiteRunner, Task
@@ -37,8 +39,8 @@ _LIVES = 3  # processes that may die over one site
 class Crew(Protocol):
     """Trains cohorts."""
 
-    def answers(self, phase: Phase, tasks: Sequence[Task]) -> Iterator[Answer]:
-        """One answer a task, in the order of `tasks`; memory holds a few of them, however many there are."""
+    def answers(self, phase: Phase, tasks: Sequence[Task]) -> Generator[Answer, None, None]:
+        """One answer a task, in the order of `tasks`; of updates, memory holds a few, however many there are."""
         ...
 
     def close(self) -> None:
@@ -52,7 +54,7 @@ class Here:
 
     runner: SiteRunner
 
-    def answers(self, phase: Phase, tasks: Sequence[Task]) -> Iterator[Answer]:
+    def answers(self, phase: Phase, tasks: Sequence[Task]) -> Generator[Answer, None, None]:
         layout = Layout(phase.expects)
         return (self.runner.answer(task, phase, lambda groups: fill(layout.empty(), groups)) for task in tasks)
 
@@ -92,16 +94,17 @@ class Processes:
             context.set_forkserver_preload(["fedflow.simulation.crew", "torch._dynamo"])
         ours, theirs = context.Pipe()
         spec = (self._recipe.model_dump_json(), self._sites, os.getpid())
-        process = context.Process(target=_work, args=(theirs, *spec), daemon=True)
+        process = context.Process(target=_work, args=(theirs, *spec), daemon=True)  # killed with this process, at least
         process.start()
         theirs.close()
         return _Worker(process, ours)
 
-    def answers(self, phase: Phase, tasks: Sequence[Task]) -> Iterator[Answer]:
+    def answers(self, phase: Phase, tasks: Sequence[Task]) -> Generator[Answer, None, None]:
         layout = Layout(phase.expects)
+        self._deaths.clear()
         self._publish(phase, layout)
         ahead = max(2, min(2 * _MOST, self._budget // max(layout.size * len(self._workers), 1)))
-        for worker in self._workers:
+        for worker in list(self._workers):
             self._prepare(worker, layout, ahead)
         undealt, found = deque(range(len(tasks))), dict[int, Answer]()
         try:
@@ -126,8 +129,18 @@ class Processes:
         place = (phase.run, phase.round, phase.phase, phase.num_sites)
         self._told = ("phase", place, self._broadcast.place, of.spec, layout.spec)
 
-    def _prepare(self, worker: _Worker, layout: Layout, ahead: int) -> None:
-        """Give the worker room for its updates, and tell it of the phase."""
+    def _prepare(self, worker: _Worker, layout: Layout, ahead: int) -> _Worker:
+        """Give the worker, or another if it died meanwhile, room for its updates, and tell it of the phase."""
+        for _ in range(_LIVES):
+            try:
+                self._tell(worker, layout, ahead)
+                return worker
+            except OSError:
+                log.warning("a worker process died while it had nothing to do; another one takes its place")
+                worker = self._replace(worker)
+        raise FedflowError(f"{_LIVES} worker processes died at their start, one after the other; see the log")
+
+    def _tell(self, worker: _Worker, layout: Layout, ahead: int) -> None:
         if worker.space is None or worker.space.size < layout.size * ahead:
             if worker.space:
                 worker.space.close()
@@ -182,8 +195,7 @@ class Processes:
             reason = f"its process died {_LIVES} times (exit code {code}): out of memory, or a crash in native code"
             found[first] = Answer(site, None, reason=reason)
             left.remove(first)
-        successor = self._replace(worker)
-        self._prepare(successor, layout, worker.ahead)
+        successor = self._prepare(self._replace(worker), layout, worker.ahead)
         successor.tasks += left
         if left:
             self._send(successor, tasks, left)
@@ -216,6 +228,9 @@ def _may_fork() -> bool:
 
 def _work(connection: Any, recipe: str, sites: list[SiteId], parent: int) -> None:
     """A worker's life."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the coordinating process stops its workers itself
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # loaders may have workers
     die_with(parent)
     settle()
     torch.set_num_threads(1)
@@ -259,8 +274,18 @@ def die_with(parent: int) -> None:
     a parent that was killed."""
 
     def watch() -> None:
-        while Path(f"/proc/{parent}").exists() if Path("/proc").exists() else os.getppid() == parent:
+        while _lives(parent):
             time.sleep(1)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def _lives(pid: int) -> bool:
+    """Whether that process has not ended; one that nobody has collected yet has."""
+    if not Path("/proc").exists():
+        return os.getppid() == pid
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
+import multiprocessing
 import os
 import queue
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -87,22 +88,29 @@ def simulate(
                 "backend", backend, "'debug' where workloads or model are given as objects", "name them in the recipe"
             )
         )
+    if workers is not None and workers < 1:
+        raise UserError(field_error("workers", workers, "a count of at least 1", "leave it out for one a processor"))
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise UserError(
+            "simulate: found a call while a worker process imports the script; call it below `if __name__ == '__main__':`"
+        )
     names = sorted(sites)
-    crew = _crew(recipe, names, backend, workers, lambda: SiteRunner(recipe, names, workloads=given, model=model))
-    try:
+    with one_thread():  # and so no threads of torch's, which a fork would lose
         objects = ObjectStore(store or f"memory://fedflow-{uuid.uuid4().hex}", store_options)
         journal = start_run(objects, run or f"{recipe.name}-{uuid.uuid4().hex[:8]}", recipe, names)
         recipe = amend_run(journal, recipe, sites=names)
-        Simulation(journal, recipe, names, crew, book, on_commit).run()
-        return journal
-    finally:
-        crew.close()
+        everyone = journal.sites()
+        crew = _crew(
+            recipe, everyone, backend, workers, lambda: SiteRunner(recipe, everyone, workloads=given, model=model)
+        )
+        with closing(crew):
+            Simulation(journal, recipe, names, crew, book, on_commit).run()
+    return journal
 
 
 def _crew(
     recipe: Recipe, sites: list[SiteId], backend: Backend, workers: int | None, runner: Callable[[], SiteRunner]
 ) -> Crew:
-    """Processes before anything else is begun in this one, which is cheaper to fork then."""
     if backend == "debug":
         return Here(runner())
     return Processes(recipe, sites, workers or len(os.sched_getaffinity(0)), budget=recipe.memory_budget)
@@ -126,10 +134,11 @@ class Simulation:
         self._head, self._on_commit = head, on_commit
         self._nonce, self._everyone = journal.record().nonce, journal.sites()
         self._absent = dict.fromkeys(sorted(set(self._everyone) - set(sites)), "not among the sites")
-        needed = bool(self.algorithm.SiteState.__dataclass_fields__)
+        needed = bool(self.algorithm.SiteState.__dataclass_fields__) and not self.algorithm.renewable
         self._book = SiteBook(book, journal.run, self._nonce, head=self._number(head), needed=needed)
         self._entries = self._book.entries()
         self._state = read_state(journal.store, self.algorithm.State, head.state)
+        evaluate_round(journal, head)  # whoever was killed right after a commit has not done it
         self._values = key_metrics(journal, recipe)
         self._evaluator = Evaluator(recipe) if recipe.evaluation else None
 
@@ -140,19 +149,18 @@ class Simulation:
 
     def run(self) -> None:
         """Every phase that is left."""
-        evaluate_round(self.journal, self._head)  # whoever was killed right after a commit has not done it
         step = next_step(self.journal, self.recipe)
         chosen, quorum = self._begun(step) if step else ({}, 0)
         contributors = set(self._head.contributors)
         with ExitStack() as stack:
             stack.callback(self._book.close)
-            stack.enter_context(one_thread())
             writer = stack.enter_context(_Writer(self))
             while step:
                 if step.phase == self.algorithm.phases[0]:
                     chosen, quorum = self._planned(step)
                 else:
                     chosen = {site: task for site, task in chosen.items() if site in contributors}
+                    chosen, quorum = self._checked(step, chosen, quorum)
                 done = self._phase(step, chosen, quorum)
                 contributors = {answer.site for answer in done.answers}
                 writer.put(done)
@@ -169,9 +177,16 @@ class Simulation:
     def _planned(self, step: Step) -> tuple[Mapping[SiteId, SiteTask], int]:
         view = _View(self._everyone, self._entries, self._absent)
         wanted = self.recipe.schedule.plan(step.round, view, self.recipe.seed)
-        quorum = self.recipe.quorum if self.recipe.quorum is not None else wanted.quorum
-        check_cohort(self.recipe, len(wanted.tasks), quorum, self._absent, run=self.journal.run, round=step.round)
-        return wanted.tasks, quorum
+        return self._checked(step, wanted.tasks, wanted.quorum)
+
+    def _checked(
+        self, step: Step, chosen: Mapping[SiteId, SiteTask], quorum: int
+    ) -> tuple[Mapping[SiteId, SiteTask], int]:
+        """Those of the chosen that are there, and the quorum. Raises QuorumLost where they are too few."""
+        there = {site: task for site, task in chosen.items() if site not in self._absent}
+        quorum = quorum if self.recipe.quorum is None else self.recipe.quorum
+        check_cohort(self.recipe, len(there), quorum, self._absent, run=self.journal.run, round=step.round)
+        return there, quorum
 
     def _begun(self, step: Step) -> tuple[Mapping[SiteId, SiteTask], int]:
         """The same of a round whose first phase is committed; nothing of another."""
@@ -192,7 +207,20 @@ class Simulation:
         names = {name for specs in expects.values() for name in specs}
         sizes = _bytes(spec_of(broadcast)), _bytes(expects)
         done = _Done(step, self._head_number(step), opened, *sizes, names)
-        updates = self._valid(self.crew.answers(phase, tasks), done)
+        with closing(self.crew.answers(phase, tasks)) as answers:
+            return self._reduced(answers, done, context, chosen, quorum)
+
+    def _reduced(
+        self,
+        answers: Iterator[Answer],
+        done: _Done,
+        context: RoundContext,
+        chosen: Mapping[SiteId, SiteTask],
+        quorum: int,
+    ) -> _Done:
+        """`done`, with the state after it."""
+        algorithm, state, step = self.algorithm, self._state, done.step
+        updates = self._valid(answers, done)
         if algorithm.measures:
             raw = list(updates)
             context, updates = replace(context, measured=self._measured(raw, context)), iter(raw)
@@ -204,7 +232,7 @@ class Simulation:
         if len(found) < quorum or not found.issuperset(self.recipe.required_sites):
             excluded = {**self._absent, **done.excluded}
             raise quorum_lost(
-                len(found), quorum, self.recipe.required_sites, excluded, run=phase.run, round=phase.round
+                len(found), quorum, self.recipe.required_sites, excluded, run=context.run, round=context.round
             )
         self._state = done.state = algorithm.server_update(state, aggregate, context)
         done.seconds = time.monotonic() - began
@@ -234,7 +262,8 @@ class Simulation:
                 done.excluded[answer.site] = reason
                 continue
             done.add(answer, update, self.algorithm.weight(update))
-            yield update
+            known = {name: value for name, value in update.metrics.items() if math.isfinite(value)}
+            yield update if len(known) == len(update.metrics) else replace(update, metrics=known)
 
     def _measured(self, updates: Sequence[Update], context: RoundContext) -> Tensors:
         """What `Reduction` finds, to the bit: figures are summed over the same segments."""

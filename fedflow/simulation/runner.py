@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import time
 import traceback
@@ -21,6 +22,7 @@ from fedflow.memory import tidy_after
 from fedflow.recipe import Recipe
 from fedflow.registry import call, resolve
 from fedflow.simulation.kept import Encoded, Kept, decode, encode
+from fedflow.store.records import finite
 from fedflow.tensors import non_finite
 from fedflow.types import Groups, RoundContext, SiteId, Spec, Update, derive_seed
 
@@ -126,6 +128,7 @@ class SiteRunner:
         training = training_of(self._workload(task.site), setup)
         state = before.state if before else algorithm.init_site(phase.broadcast, training, context)
         update, after = algorithm.site_update(phase.broadcast, state, training, context)
+        finite(update.metrics)  # raises where one is no number
         return update, encode(Kept(after, memory.after)), memory.note
 
     def _training(self, site: SiteId) -> Any:
@@ -147,11 +150,17 @@ class _Copies:
     def __init__(self, build: Callable[[], nn.Module]) -> None:
         self._build = build
         self._first: nn.Module | None = None
+        self._copied = False
 
     def __call__(self) -> nn.Module:
         if self._first is not None:
             return copy.deepcopy(self._first)
         module = self._build()
-        if sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers())) <= _SMALL:
-            self._first = copy.deepcopy(module)
+        if (
+            not self._copied
+            and sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers())) <= _SMALL
+        ):
+            self._copied = True
+            with contextlib.suppress(Exception):  # what cannot be copied is built again
+                self._first = copy.deepcopy(module)
         return module

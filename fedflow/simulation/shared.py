@@ -95,7 +95,10 @@ class SharedBuffer:
 
     def close(self) -> None:
         """Give it up here; tensors in it keep their bytes."""
+        if self._descriptor < 0:
+            return
         os.close(self._descriptor)
+        self._descriptor = -1
         if not self.path.startswith("/proc/"):
             with contextlib.suppress(FileNotFoundError):
                 Path(self.path).unlink()

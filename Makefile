@@ -10,7 +10,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test test-faults test-browser test-azure format lock clean
+.PHONY: help setup demo test test-faults chaos test-browser test-azure test-ray format lock clean
 
 help: ## list these targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 22
@@ -33,10 +33,16 @@ test: setup ## style, types, then every test that needs no browser
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/pytest -n 2 --dist loadfile -m "not browser and not faults and not azure"
+	$(BIN)/pytest -n 2 --dist loadfile -m "not browser and not faults and not azure and not ray"
 
 test-faults: setup ## kills and outages of every process, on a real Prefect server
 	$(BIN)/pytest -m faults
+
+chaos: setup ## the fault matrix on real servers, an hour; ARGS='--case "cancel-*"' or ARGS='--minutes 30' at random
+	$(BIN)/python -m benchmarks.chaos $(ARGS)
+
+test-ray: setup ## simulations on Ray
+	$(BIN)/pytest -m ray
 
 test-azure: setup ## the store over Azure's emulator; needs npm
 	$(BIN)/pytest -m azure

@@ -2,7 +2,7 @@
 
     python -m benchmarks.deployed [--mebibytes 512] [--sites 4] [--rounds 4] [--s3] [--folder DIR]
 
-A PocEnv: Prefect server, a worker a site, the coordinator's. A site takes one step on one number and adds another to every parameter, so that every object of
+A PocEnv: Prefect server, a worker a site, the coordinator's. A site takes one step on one number and adds it to every parameter, so that every object of
 every round is another one. Memory is VmHWM, the largest of all processes of a role, forked from a worker that has imported
 torch; it is read all the time, since processes end with their flow run. The first round is not counted: it warms the workers.
 """
@@ -17,38 +17,36 @@ import tempfile
 import threading
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedflow.environments.poc import PocEnv
-from fedflow.local import FunctionWorkload
+from fedflow.local import TensorWorkload
 from fedflow.recipe import Federation, Recipe
 
 LAYER = 16  # MiB
 
 
 class Big(nn.Module):
-    """Layers of 16 MiB, and one small parameter to train."""
+    """Layers of 16 MiB, to all of which every forward pass adds its input, and one small parameter to train."""
 
     def __init__(self, mebibytes: int) -> None:
         super().__init__()
         self.layers = nn.ParameterList(torch.full((1024, LAYER << 8), float(i)) for i in range(mebibytes // LAYER))
         self.small = nn.Parameter(torch.zeros(1))
 
-
-def add(model: Big, data: list[float], config: Any) -> None:
-    model.small.grad = torch.ones(1)
-    torch.optim.SGD(model.parameters(), lr=1.0).step()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(data[0])
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            for layer in self.layers:
+                layer.add_(x.mean())
+        return x * self.small
 
 
-def adding(site: str) -> FunctionWorkload:
-    return FunctionWorkload(add, [float(site.rpartition("-")[2])])
+def adding(site: str) -> TensorWorkload:
+    number = torch.full((1, 1), float(site.rpartition("-")[2]))
+    return TensorWorkload(number, number, loss=nn.functional.mse_loss)
 
 
 class Peaks:
@@ -104,6 +102,7 @@ def main() -> None:
             "model": {"path": "benchmarks.deployed:Big", "args": {"mebibytes": options.mebibytes}},
             "workload": "benchmarks.deployed:adding",
             "rounds": options.rounds,
+            "training": {"steps": 1},
         }
     )
     os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])

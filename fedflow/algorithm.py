@@ -7,20 +7,23 @@ never in `self`, a closure or a process; the engine stores them and commits them
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from fedflow.tensors import WeightedMean, cast, interpolate
+from fedflow.described import Described
+from fedflow.errors import RecipeError, field_error
+from fedflow.tensors import Packed, WeightedMean, cast, interpolate
 from fedflow.types import (
     Aggregate,
     FederationView,
     Groups,
+    Result,
     RoundContext,
     RoundPlan,
+    SiteId,
     Spec,
     Tensors,
     Update,
@@ -31,10 +34,13 @@ __all__ = [
     "NO_MERGE",
     "SMALL",
     "Algorithm",
+    "Averager",
     "Correction",
+    "Evaluated",
     "LocalResult",
     "Merge",
     "NoState",
+    "Own",
     "Schedule",
     "Training",
     "Transform",
@@ -89,6 +95,15 @@ class LocalResult:
             metrics=self.metrics,
             numerics=self.numerics,
         )
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What a site's evaluation of a model gives. examples: that the metrics are means over"""
+
+    metrics: Mapping[str, float]
+    examples: int
+    numerics: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -179,16 +194,51 @@ class Training(Protocol):
         """The mean loss over all of the site's data at `broadcast`. Raises SiteError as `gradient` does."""
         ...
 
+    def evaluate(self, broadcast: Groups, ctx: RoundContext) -> Evaluated:
+        """The metrics of `broadcast` on the site's held-out data. Raises SiteError where it has none."""
+        ...
 
-class Algorithm(BaseModel):
+
+class Own(Protocol):
+    """The work that algorithms are given that train nothing: what the site has, and functions that it offers.
+
+    data: what the recipe's workload made, of whatever kind
+    """
+
+    @property
+    def data(self) -> Any: ...
+
+    @property
+    def policy(self) -> Any:
+        """What the site's owner lets be known of its tables: a `StatisticsPolicy`."""
+        ...
+
+    def datasets(self) -> Mapping[str, Any]:
+        """`data` as tables of numbers: name -> `Dataset`. Raises ResolveError where it is none."""
+        ...
+
+    def recorded(self) -> Mapping[str, Any]:
+        """What decides the bits of what is computed here, for `Update.numerics`."""
+        ...
+
+    def apply(self, function: str, args: Mapping[str, Any], given: Mapping[str, Any], ctx: RoundContext) -> Any:
+        """What `function(**args, data=..., **given)` returns: found in the site's registry, of `data` and `given` passed only what
+        its signature asks for; under the recipe's numerics and `ctx.seed`, so with the same bits everywhere.
+
+        Raises ResolveError where there is no such function here, or it takes other arguments.
+        """
+        ...
+
+
+class Algorithm(Described):
     """The mathematics of one round. Subclasses are frozen pydantic models that hold hyperparameters only.
 
     A subclass sets `kind: Literal["..."] = "..."`, `State`, and where its sites remember something `SiteState`.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
     kind: str
+    trains: ClassVar[bool] = True
+    """Whether its sites' work is a `Training` of the recipe's model; otherwise it is `Own`, and the recipe may leave out a model."""
     phases: ClassVar[tuple[str, ...]] = ("train",)
     """Exchanges within a round, in order; each has its own openings, closing and commit."""
     partitionable: ClassVar[bool] = True
@@ -213,9 +263,27 @@ class Algorithm(BaseModel):
         """S before round 0, from the initial model's groups "params", "frozen", "buffers"."""
         raise NotImplementedError
 
+    def with_models(self, state: Any, models: Mapping[str, Groups]) -> Any:
+        """S with the recipe's further `checkpoints`, by name. Raises RecipeError where there is nothing to do with them."""
+        found, fix = sorted(models), "leave them out; `checkpoint` is the initial model"
+        raise RecipeError(field_error("checkpoints", found, f"none with algorithm {self.kind}", fix))
+
     def model(self, state: Any) -> Groups:
         """The global model in S: what is evaluated, exported and digested."""
         raise NotImplementedError
+
+    @property
+    def finds(self) -> bool:
+        """Whether there is a `result`: what a run found besides a model."""
+        return type(self).result is not Algorithm.result
+
+    def result(self, state: Any) -> Result:
+        """What S holds for people besides a model."""
+        raise NotImplementedError
+
+    def page(self, result: Result, sites: Sequence[SiteId], excluded: Mapping[SiteId, str]) -> str:
+        """`result` as Markdown for people; nothing by default. sites: all of them; excluded: site -> why it did not take part"""
+        return ""
 
     def broadcast(self, state: Any, phase: str) -> Groups:
         """The part of S that sites see in `phase`; by default the model."""
@@ -243,6 +311,11 @@ class Algorithm(BaseModel):
         return 1
 
     @property
+    def local_steps(self) -> int | None:
+        """The optimizer steps that it asks its sites for, whatever `training` says; None = as that says."""
+        return None
+
+    @property
     def gathers(self) -> bool:
         """Whether `measure` and `aggregate` hold all updates at once: they are then given smaller parts."""
         return False
@@ -251,6 +324,11 @@ class Algorithm(BaseModel):
     def measures(self) -> bool:
         """Whether `measure` is to be called: it reads every update once more."""
         return type(self).measure is not Algorithm.measure
+
+    @property
+    def averages(self) -> bool:
+        """Whether `aggregate` is `weighted_mean` by `weight`: then updates may be summed where they are made."""
+        return type(self).aggregate is Algorithm.aggregate
 
     def measure(self, updates: Iterable[Update], ctx: RoundContext) -> Tensors:
         """A global figure over all updates before `aggregate`, additive over buckets of names; `ctx.measured` there."""
@@ -278,14 +356,12 @@ class Algorithm(BaseModel):
         raise NotImplementedError
 
 
-class Transform(BaseModel):
+class Transform(Described):
     """What happens to an update on its way out, undone at the server before the reduction; and to the broadcast.
 
     Subclasses are frozen pydantic models, as algorithms are. What a site must remember lives in C, and commits with the
     site's update. Transforms are applied in the recipe's order, and undone in the reverse one.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     kind: str
     by_rows: ClassVar[bool] = False
@@ -318,30 +394,64 @@ class Transform(BaseModel):
         return groups
 
 
-class Schedule(BaseModel):
+class Schedule(Described):
     """Who takes part in a round, and how many close it. Pure in its arguments."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
     kind: str
+
+    @property
+    def names(self) -> Collection[SiteId]:
+        """Sites that it names: each must be one of the federation."""
+        return ()
 
     def plan(self, round: int, view: FederationView, seed: int) -> RoundPlan:
         """The cohort of `round` among the sites that `view` shows online, and how many updates close it."""
         raise NotImplementedError
 
 
+class Averager:
+    """`weighted_mean`, of updates that come one by one, or summed in whole blocks of `BLOCK`."""
+
+    def __init__(self) -> None:
+        self.means: dict[str, WeightedMean] = {}
+        self._scalars: dict[str, float] = {}
+        self._metrics: dict[SiteId, dict[str, float]] = {}
+        self._weight = 0.0
+
+    @property
+    def count(self) -> int:
+        """How many updates came."""
+        return len(self._metrics)
+
+    def add(self, update: Update, weight: float) -> None:
+        """Add one update."""
+        for group, tensors in update.tensors.items():
+            self.means.setdefault(group, WeightedMean()).add(tensors, weight)
+        self._note(update, weight)
+
+    def add_block(self, sums: Mapping[str, Packed], updates: Sequence[tuple[Update, float]]) -> None:
+        """Add a block of updates, each with its weight and without tensors. sums: of these, as `WeightedMean.sums` gave them"""
+        for group, packed in sums.items():
+            self.means.setdefault(group, WeightedMean()).add_block(packed, [weight for _, weight in updates])
+        for update, weight in updates:
+            self._note(update, weight)
+
+    def _note(self, update: Update, weight: float) -> None:
+        for name, value in update.scalars.items():
+            self._scalars[name] = self._scalars.get(name, 0.0) + weight * value
+        self._weight += weight
+        self._metrics[update.site] = dict(update.metrics)
+
+    def aggregate(self) -> Aggregate:
+        """The means, not yet rounded. To be asked once."""
+        reduced = {group: mean.means() for group, mean in self.means.items()}
+        scalars = {name: total / self._weight for name, total in self._scalars.items()}
+        return Aggregate(reduced, self._weight, self.count, self._metrics, scalars)
+
+
 def weighted_mean(updates: Iterable[Update], weight: Callable[[Update], float]) -> Aggregate:
     """The weighted mean of every group over the fixed tree of `WeightedMean`, in float64, one update in memory."""
-    means: dict[str, WeightedMean] = {}
-    scalars: dict[str, float] = {}
-    total, metrics = 0.0, {}
+    averager = Averager()
     for update in updates:
-        w = weight(update)
-        for group, tensors in update.tensors.items():
-            means.setdefault(group, WeightedMean()).add(tensors, w)
-        for name, value in update.scalars.items():
-            scalars[name] = scalars.get(name, 0.0) + w * value
-        total += w
-        metrics[update.site] = dict(update.metrics)
-    reduced = {group: mean.means() for group, mean in means.items()}
-    return Aggregate(reduced, total, len(metrics), metrics, {name: s / total for name, s in scalars.items()})
+        averager.add(update, weight(update))
+    return averager.aggregate()

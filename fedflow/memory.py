@@ -5,10 +5,25 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
-__all__ = ["keep_freed", "settle", "tidy", "tidy_after"]
+__all__ = ["available", "keep_freed", "settle", "tidy", "tidy_after"]
+
+
+def available() -> int | None:
+    """Bytes that this process and its children may still take, by the machine and by its container; None where nobody says."""
+    left = []
+    with suppress(OSError, ValueError, IndexError):
+        (line,) = (one for one in Path("/proc/meminfo").read_text().splitlines() if one.startswith("MemAvailable:"))
+        left.append(int(line.split()[1]) << 10)
+    with suppress(OSError, ValueError):
+        group = Path("/sys/fs/cgroup")
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        left.append(max(0, limit - used))
+    return min(left, default=None)
 
 
 def tidy() -> None:

@@ -12,13 +12,11 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Protocol, Self, TypeVar
 
-import yaml
 from blake3 import blake3
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ByteSize,
-    ConfigDict,
     Field,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
@@ -33,13 +31,18 @@ from pydantic_core import PydanticCustomError, core_schema
 
 from fedflow import algorithms, schedules, transforms
 from fedflow.algorithm import Algorithm, Schedule, Transform
+from fedflow.algorithms.statistics import StatisticsPolicy
+from fedflow.described import Described
 from fedflow.errors import RecipeError, ResolveError, UserError, field_error
 from fedflow.registry import entry_point_names, load_entry_point, resolve
 from fedflow.transforms.composed import Transformed
+from fedflow.transforms.evaluated import Validated
 from fedflow.types import SiteId, canonical_json
 
 __all__ = [
     "AMENDABLE",
+    "Delay",
+    "Duration",
     "EarlyStop",
     "Federation",
     "FederationSite",
@@ -64,10 +67,6 @@ MAX_BACKOFF = timedelta(seconds=60)
 """The longest pause between two attempts of a site."""
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
 # -- durations ---------------------------------------------------------------------------------------------------------
 _UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -83,6 +82,7 @@ def _parse_duration(value: Any) -> Any:
 
 
 Duration = Annotated[timedelta, BeforeValidator(_parse_duration), Field(gt=timedelta(0))]
+Delay = Annotated[timedelta, BeforeValidator(_parse_duration), Field(ge=timedelta(0))]
 
 
 # -- algorithms, schedules, transforms by kind -------------------------------------------------------------------------
@@ -193,7 +193,7 @@ _transforms = _ByKind(Transform, "transforms", transforms)
 
 
 # -- parts -------------------------------------------------------------------------------------------------------------
-class ImportRef(_Model):
+class ImportRef(Described):
     """Something found by name where it is needed: a model, a workload. A bare string is the path without arguments."""
 
     path: Annotated[str, Field(min_length=1)]
@@ -207,7 +207,7 @@ class ImportRef(_Model):
         return {"path": value} if isinstance(value, str) else value
 
 
-class Optimizer(_Model):
+class Optimizer(Described):
     """The local optimizer, by torch.optim's names and defaults."""
 
     kind: Literal["sgd", "adam", "adamw"] = "sgd"
@@ -230,7 +230,7 @@ class Optimizer(_Model):
         return self
 
 
-class LocalTraining(_Model):
+class LocalTraining(Described):
     """How a site trains in one round. Give `epochs` or `steps`; one epoch where neither is given."""
 
     epochs: Annotated[int, Field(ge=1, strict=True)] | None = None
@@ -257,7 +257,7 @@ class LocalTraining(_Model):
         return self
 
 
-class Timeouts(_Model):
+class Timeouts(Described):
     """The only six durations of a run. What is not given follows from `round_deadline`; contradictions are errors."""
 
     round_deadline: Duration = timedelta(hours=2)
@@ -266,7 +266,7 @@ class Timeouts(_Model):
     """One attempt of one site, killed after it. Default: what the deadline leaves to each attempt."""
     transfer_timeout: Duration | None = None
     """No byte for so long is a stalled transfer. Default: 5 minutes, at most half of train_timeout."""
-    quorum_grace: Annotated[timedelta, BeforeValidator(_parse_duration), Field(ge=timedelta(0))] | None = None
+    quorum_grace: Delay | None = None
     """How long a round that has its quorum waits for the rest. Default: 30 s, at most a tenth of round_deadline."""
     heartbeat: Duration | None = None
     """How often a trainer shows life and looks whether its round closed. Default: 30 s, at most a tenth of round_deadline."""
@@ -357,7 +357,7 @@ def backoff(attempts: int, deadline: timedelta) -> timedelta:
     return _spare(attempts, deadline) if attempts > 1 else timedelta(0)
 
 
-class Numerics(_Model):
+class Numerics(Described):
     """What decides the bits of a training, applied by the shared training code in every environment."""
 
     deterministic: Literal["bitwise", "fast"] = "bitwise"
@@ -367,7 +367,7 @@ class Numerics(_Model):
     device: Literal["cpu", "cuda", "mps"] = "cpu"
 
 
-class KeyMetric(_Model):
+class KeyMetric(Described):
     """The metric that decides which model is best."""
 
     name: str = "accuracy"
@@ -375,7 +375,7 @@ class KeyMetric(_Model):
     mode: Literal["max", "min"] = "max"
 
 
-class EarlyStop(_Model):
+class EarlyStop(Described):
     """When to stop before the last round, judged by the key metric."""
 
     patience: Annotated[int, Field(ge=1)] | None = None
@@ -385,13 +385,28 @@ class EarlyStop(_Model):
     """Stop as soon as the key metric reaches this."""
 
 
-class SiteOverrides(_Model):
+class SiteOverrides(Described):
     """What is different at one site."""
 
     training: dict[str, JsonValue] = {}
     """Fields of `training`, merged over the recipe's."""
     workload_args: dict[str, JsonValue] = {}
     """Arguments of the workload, merged over the recipe's."""
+
+
+NO_MODEL = "fedflow.local.model:NoModel"
+"""Of a recipe whose algorithm trains nothing."""
+
+
+def _trains(algorithm: Any) -> bool:
+    """Whether an algorithm, as a recipe has it, trains a model; True where it is not known."""
+    kind = algorithm.get("kind") if isinstance(algorithm, Mapping) else algorithm
+    if isinstance(kind, Algorithm):
+        return kind.trains
+    try:
+        return not isinstance(kind, str) or bool(_algorithms.find(kind).trains)
+    except UserError:
+        return True
 
 
 R = TypeVar("R", covariant=True)
@@ -404,13 +419,13 @@ class Runs(Protocol[R]):
 
 
 # -- the recipe --------------------------------------------------------------------------------------------------------
-class Recipe(_Model):
+class Recipe(Described):
     """A run, as one value: model and data by name, algorithm, schedule, rounds, and what happens when something fails."""
 
     name: Name
     """Names the run's flow runs and, with a number, the run."""
     model: ImportRef
-    """A factory of the `torch.nn.Module`, found at the server and at every site."""
+    """A factory of the `torch.nn.Module`, found at the server and at every site. May be left out where the algorithm trains nothing."""
     workload: ImportRef
     """What a site trains on, resolved at the site."""
     rounds: Annotated[int, Field(ge=1, strict=True)]
@@ -425,7 +440,10 @@ class Recipe(_Model):
     overrides: dict[Name, SiteOverrides] = {}
     """Per site."""
     checkpoint: str | None = None
-    """Initial model: a safetensors file, or a PyTorch file that loads with weights_only. Default: the factory's own."""
+    """Initial model: a safetensors file, a PyTorch file that loads with weights_only, or that of another run in the same store:
+    "run:<id>" for its last, "run:<id>@best", "run:<id>@<round>". Default: the factory's own."""
+    checkpoints: dict[Name, str] = {}
+    """Further models, by name, for algorithms that look at several (`evaluation`)."""
     seed: Annotated[int, Field(ge=0, lt=2**53, strict=True)] = 0
     numerics: Numerics = Numerics()
     quorum: Annotated[int, Field(ge=1, strict=True)] | None = None
@@ -437,7 +455,8 @@ class Recipe(_Model):
     wait_for_sites: Duration = timedelta(minutes=2)
     """How long a run waits at its start for the sites' workers."""
     late: Literal["drop", "carry"] = "drop"
-    """What becomes of an update that arrives after its round closed: dropped, or counted in the next round."""
+    """What becomes of an update that arrives after its round closed: dropped, or counted in the next round, for which the site
+    goes on until its round's deadline."""
     attempts: Annotated[int, Field(ge=1, le=20, strict=True)] = 3
     """How often a site may try in a round."""
     memory_budget: Annotated[ByteSize, Field(ge=1024)] = ByteSize(256 << 20)
@@ -445,12 +464,29 @@ class Recipe(_Model):
     timeouts: Timeouts = Timeouts()
     evaluation: ImportRef | None = None
     """A workload with `evaluate(model)`, resolved at the server, run after every round on data held out there."""
+    federated_evaluation: bool = False
+    """Whether the sites evaluate the model that each round makes, on their held-out data, in a phase of its own: the key metric is then
+    that model's, and not that of the models which the sites trained in that round. Late updates are dropped."""
     key_metric: KeyMetric = KeyMetric()
     early_stop: EarlyStop = EarlyStop()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_a_model(cls, value: Any) -> Any:
+        """What trains nothing may begin with nothing."""
+        if isinstance(value, Mapping) and "model" not in value and not _trains(value.get("algorithm")):
+            return {**value, "model": NO_MODEL}
+        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         problems = self.timeouts.contradictions(self.attempts)
+        if self.federated_evaluation and not self.algorithm.trains:
+            problems.append(f"federated_evaluation: found true, expected false with algorithm {self.algorithm.kind}")
+        if clash := sorted({"last"} & self.checkpoints.keys()):
+            problems.append(f"checkpoints: found {clash}, which is what `checkpoint` is called; choose another name")
+        if self.transforms and not self.algorithm.trains:
+            problems.append(f"transforms: found some, expected none with algorithm {self.algorithm.kind}; remove them")
         if self.quorum is not None and self.min_sites > self.quorum:
             problems.append(
                 f"min_sites ({self.min_sites}) must not exceed quorum ({self.quorum}); raise quorum or lower min_sites"
@@ -493,13 +529,22 @@ class Recipe(_Model):
 
     @property
     def computation(self) -> Algorithm:
-        """What the engine runs: the algorithm with its transforms."""
+        """What the engine runs: the algorithm with its transforms, and the sites' evaluation behind it."""
         algorithm: Algorithm = self.algorithm
-        return Transformed(algorithm=algorithm, transforms=tuple(self.transforms)) if self.transforms else algorithm
+        if self.transforms:
+            algorithm = Transformed(algorithm=algorithm, transforms=tuple(self.transforms))
+        return Validated(algorithm=algorithm) if self.federated_evaluation else algorithm
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        """Of each round."""
+        return tuple(self.computation.phases)
 
     # -- what holds for one site
     def training_at(self, site: SiteId) -> LocalTraining:
         """Local training with `site`'s overrides."""
+        if site not in self.overrides:
+            return self.training
         return _merged(self.training, self.overrides.get(site, SiteOverrides()).training)
 
     def workload_args_at(self, site: SiteId) -> dict[str, JsonValue]:
@@ -534,7 +579,7 @@ def _merged(training: LocalTraining, changes: Mapping[str, Any]) -> LocalTrainin
 
 
 # -- federation and site ----------------------------------------------------------------------------------------------
-class FederationSite(_Model):
+class FederationSite(Described):
     """One site as the coordinator knows it."""
 
     name: Name
@@ -553,7 +598,7 @@ class FederationSite(_Model):
         return self.pool or self.name
 
 
-class Federation(_Model):
+class Federation(Described):
     """All sites, and where they meet."""
 
     name: Name = "federation"
@@ -594,7 +639,27 @@ class Federation(_Model):
         return sorted(site.name for site in self.sites)
 
 
-class SiteConfig(_Model):
+class SiteLog(Described):
+    """A site's log in a file, each line with the run, the round and the site that it is about."""
+
+    path: str
+    """Absolute; its folder is there."""
+    format: Literal["text", "json"] = "text"
+    """A line of text, or a JSON object a line."""
+    size: Annotated[ByteSize, Field(ge=1 << 12)] = ByteSize(10 << 20)
+    """A file that has become so large ("10MiB") is renamed to `<path>.1`, that one to `<path>.2`, and so on."""
+    keep: Annotated[int, Field(ge=1, strict=True)] = 5
+    """How many of those are kept."""
+
+    @field_validator("path")
+    @classmethod
+    def _absolute(cls, path: str) -> str:
+        if not Path(path).is_absolute() or not Path(path).parent.is_dir():
+            raise ValueError(f"found {path!r}, expected an absolute path in a folder that is there; make the folder")
+        return path
+
+
+class SiteConfig(Described):
     """A site's own configuration: what its owner decides. Nothing in it can be set from outside."""
 
     name: Name
@@ -609,12 +674,24 @@ class SiteConfig(_Model):
     """Patterns of modules that a recipe may name ("mypackage.*"). Default: any that is installed here."""
     workloads: dict[str, str] = {}
     """Short names for workloads: name -> import path."""
+    tasks: dict[str, str] = {}
+    """Short names for functions that a task may call here: name -> import path."""
+    statistics: StatisticsPolicy | None = None
+    """What may be known of the tables here. Default: what the workload says, else NVFlare's."""
     workload_args: dict[str, JsonValue] = {}
     """Arguments of every workload here, over what the recipe says: paths of the data, for instance."""
     python_path: list[str] = []
     """Folders added to the import path."""
     preload: list[str] = []
-    """Modules that the worker imports once, before it forks a trainer: what workloads import slowly."""
+    """Modules that the worker imports once, before it forks a trainer: what workloads import slowly, or data that a module
+    loads, which all trainers then share."""
+    start: Literal["fork", "spawn"] = "fork"
+    """How a trainer starts: forked from a process that has imported everything, or, where a workload cannot be forked, as
+    a fresh one, which takes seconds."""
+    memory_limit: Annotated[ByteSize, Field(ge=1 << 20)] | None = None
+    """Memory that a trainer may hold, with all that it starts ("8GiB"); one with more is killed. Linux only."""
+    log: SiteLog | None = None
+    """A file that this site's log goes to, besides standard error and the UI."""
     flow: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] | None = None
     """The flow that this site runs, "module:function", in place of fedflow's `fedflow.flows.site:local_training`: a copy of it that
     its owner has changed, found on the python_path."""
@@ -661,6 +738,8 @@ M = TypeVar("M", bound=BaseModel)
 
 def read_model(cls: type[M], source: str | Path | Mapping[str, Any], what: str) -> M:
     """`cls` from a YAML or JSON file or a mapping. Raises RecipeError in one line, never a traceback."""
+    import yaml
+
     if isinstance(source, Mapping):
         data: Any = source
     else:

@@ -114,9 +114,18 @@ def call(found: Any, args: Mapping[str, Any], *, field: str, **given: Any) -> An
     wants = signature.parameters
     extra = {k: v for k, v in given.items() if k in wants and k not in args}
     try:
+        return found(**args, **extra)
+    except TypeError:
+        _check_arguments(found, signature, args, extra, field)
+        raise
+
+
+def _check_arguments(
+    found: Any, signature: inspect.Signature, args: Mapping[str, Any], extra: Mapping[str, Any], field: str
+) -> None:
+    try:
         signature.bind(**args, **extra)
     except TypeError as error:
         raise ResolveError(
             field_error(field, dict(args), f"arguments of {getattr(found, '__name__', found)}{signature}", str(error))
         ) from error
-    return found(**args, **extra)

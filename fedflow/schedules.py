@@ -2,32 +2,41 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Collection, Iterator, Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from fedflow.algorithm import Schedule
-from fedflow.types import FederationView, RoundPlan, SiteTask, derive_seed
+from fedflow.types import FederationView, RoundPlan, SiteId, SiteTask, derive_seed
 
-__all__ = ["Everyone", "Sampled"]
+__all__ = ["Buffered", "Cyclic", "Everyone", "Sampled"]
 
 
 class Everyone(Schedule):
-    """Every site that is online, every round."""
+    """Every site that is online, every round; or every one of those that are named."""
 
     kind: Literal["everyone"] = "everyone"
 
+    sites: Annotated[list[SiteId], Field(min_length=1)] | None = None
+    """Only these. Default: all of the federation."""
+
+    @property
+    def names(self) -> Collection[SiteId]:
+        return self.sites or ()
+
     def plan(self, round: int, view: FederationView, seed: int) -> RoundPlan:
-        cohort = [site for site in sorted(view) if view[site].online]
+        cohort = [site for site in sorted(view) if view[site].online and (self.sites is None or site in self.sites)]
         return RoundPlan({site: SiteTask() for site in cohort}, quorum=len(cohort))
 
 
 class Sampled(Schedule):
     """A seeded random cohort each round, without replacement (McMahan et al., arXiv:1602.05629: "a random fraction C").
 
-    The order of all sites is drawn from (seed, round) alone; sites that are offline are passed over, so that with everyone
-    online the cohorts do not depend on who answered before.
+    The order of all sites is drawn from (seed, round) and their names alone; sites that are offline are passed over, so that
+    with everyone online the cohorts do not depend on who answered before.
     """
 
     kind: Literal["sampled"] = "sampled"
@@ -53,6 +62,116 @@ class Sampled(Schedule):
 
     def plan(self, round: int, view: FederationView, seed: int) -> RoundPlan:
         wanted = self._wanted(len(view))
-        order = sorted(view, key=lambda site: (derive_seed("cohort", seed, round, site), site))
-        asked = [site for site in order if view[site].online][: math.ceil(wanted * self.over_selection - 1e-9)]
+        online = (site for site in _shuffled(sorted(view), seed, round) if view[site].online)
+        asked = list(itertools.islice(online, math.ceil(wanted * self.over_selection - 1e-9)))
         return RoundPlan({site: SiteTask() for site in sorted(asked)}, quorum=min(wanted, len(asked)))
+
+
+class Cyclic(Schedule):
+    """One site a round: the model visits the sites in turn, and what each makes of it goes to the next (Chang et al.,
+    "Distributed deep learning networks among institutions for medical imaging", JAMIA 2018, doi:10.1093/jamia/ocy017).
+
+    A lap is as many rounds as there are sites. Whose turn comes next follows from the committed rounds: a run that is killed in the
+    middle of a lap goes on there. A site that is offline is passed over.
+    """
+
+    kind: Literal["cyclic"] = "cyclic"
+
+    order: Literal["fixed", "random", "random_without_repeat"] = "fixed"
+    """fixed: in the order of `sites`, after the one visited last; random: any site that is online, drawn anew each round;
+    random_without_repeat: in an order drawn for each lap, in which no site comes twice as long as another that is online has not
+    come."""
+    sites: Annotated[list[SiteId], Field(min_length=1)] | None = None
+    """The sites that are visited, in this order. Default: all of the federation, by name."""
+
+    @model_validator(mode="after")
+    def _once(self) -> Cyclic:
+        if self.sites and len(set(self.sites)) < len(self.sites):
+            raise ValueError(f"sites: found {self.sites}, expected each once; leave out the others")
+        return self
+
+    @property
+    def names(self) -> Collection[SiteId]:
+        return self.sites or ()
+
+    @property
+    def sites_per_round(self) -> int:
+        return 1
+
+    def plan(self, round: int, view: FederationView, seed: int) -> RoundPlan:
+        turn = self.sites or sorted(view)
+        online = [site for site in turn if view[site].online]
+        chosen = [self._next(round, turn, online, view, seed)] if online else []
+        return RoundPlan({site: SiteTask() for site in chosen}, quorum=1)
+
+    def _next(
+        self, round: int, turn: Sequence[SiteId], online: Sequence[SiteId], view: FederationView, seed: int
+    ) -> SiteId:
+        if self.order == "random":
+            return min(online, key=lambda site: (derive_seed("cyclic", seed, round, site), site))
+        visits = {site: -1 if (last := view[site].last_round) is None else last for site in turn}
+        latest = max(turn, key=lambda site: visits[site])
+        if self.order == "fixed":
+            first = turn.index(latest) + 1 if visits[latest] >= 0 else 0
+            return next(site for site in (*turn[first:], *turn[:first]) if site in online)
+        lap = round // len(turn)
+        left = [site for site in online if visits[site] < lap * len(turn)]
+        among = left or [site for site in online if site != latest] or online
+        return min(among, key=lambda site: (derive_seed("cyclic", seed, lap, site), site))
+
+
+class Buffered(Schedule):
+    """Whoever is not at work is asked, and every `size` updates are a round, of whatever age up to `max_staleness` (FedBuff: Nguyen et
+    al., arXiv:2106.06639).
+
+    A site that is at work when a round closes goes on, until its own round's deadline, and its update counts in a later one; one that has
+    finished is asked again with the next round. Set `timeouts.quorum_grace: 0s`: a round is not to wait for more.
+    """
+
+    kind: Literal["buffered"] = "buffered"
+
+    size: Annotated[int, Field(ge=1, strict=True)] = 10
+    """K: updates that close a round; 10 in the paper."""
+    max_staleness: Annotated[int, Field(ge=0, strict=True)] = 10
+    """τ of the oldest update that counts, in rounds; a site that is at work for longer is stopped, and asked anew. Ours."""
+    concurrency: Annotated[int, Field(ge=1, strict=True)] | None = None
+    """Sites at work at a time, drawn anew among those that are idle; the paper's M_c. Default: all that are online."""
+
+    @model_validator(mode="after")
+    def _enough(self) -> Buffered:
+        if self.concurrency is not None and self.concurrency < self.size:
+            raise ValueError(
+                f"concurrency ({self.concurrency}) must be at least size ({self.size}); raise it, or lower size"
+            )
+        return self
+
+    @property
+    def sites_per_round(self) -> int:
+        return self.size
+
+    def plan(self, round: int, view: FederationView, seed: int) -> RoundPlan:
+        online = [site for site in sorted(view) if view[site].online]
+        oldest = round - self.max_staleness
+        at_work = [site for site in online if (base := view[site].in_flight) is not None and base >= oldest]
+        idle = sorted(set(online) - set(at_work), key=lambda site: (derive_seed("buffered", seed, round, site), site))
+        free = len(idle) if self.concurrency is None else max(self.concurrency - len(at_work), 0)
+        cohort = sorted([*at_work, *idle[:free]])
+        return RoundPlan(
+            {site: SiteTask() for site in cohort},
+            quorum=min(self.size, len(cohort)),
+            accept_bases=self.max_staleness,
+            late="carry",
+        )
+
+
+def _shuffled(sites: Sequence[SiteId], seed: int, round: int) -> Iterator[SiteId]:
+    """All of `sites` in a random order; a draw for each that is asked for (Fisher and Yates, as Durstenfeld's algorithm 235)."""
+    moved: dict[int, int] = {}  # what lies no longer where it lay
+    for place in range(len(sites)):
+        drawn = place + derive_seed("cohort", seed, round, place) % (len(sites) - place)
+        here = moved.pop(place, place)
+        if drawn == place:
+            yield sites[here]
+        else:
+            there, moved[drawn] = moved.get(drawn, drawn), here
+            yield sites[there]

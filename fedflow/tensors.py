@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import operator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -18,6 +21,7 @@ __all__ = [
     "LazyGroups",
     "ModelDigest",
     "Packed",
+    "Stored",
     "WeightedMean",
     "cast",
     "dtype_name",
@@ -37,10 +41,18 @@ BLOCK = 16
 _NARROW = (torch.float16, torch.bfloat16)
 
 
+class Stored(Mapping[str, Tensor], ABC):
+    """Tensors that lie elsewhere, each read when it is asked for."""
+
+    @abstractmethod
+    def read_into(self, own: Tensors) -> None:
+        """Fill `own`, of the same names, shapes and dtypes, without a second copy in memory."""
+
+
 class Packed(Mapping[str, Tensor]):
     """Tensors that lie in a few flat ones, so that what is done to all of them is done to those.
 
-    flats:  dtype -> one-dimensional tensor
+    flats:  dtype -> one-dimensional tensor; of sums, float64 whatever the dtype is
     places: name -> dtype, first element and shape of its tensor there. What lies between them is of no matter.
     """
 
@@ -108,6 +120,36 @@ class WeightedMean:
         self._added += 1
         if self._added % BLOCK == 0:
             self._close_block()
+
+    def sums(self) -> Packed | None:
+        """Σ wᵢ·tᵢ of what was added, at most one block of updates; None where they were not packed alike."""
+        if self._places is None:
+            return None
+        sums = self._block or self._total
+        return Packed({dtype: sums[dtype_name(dtype)] for dtype, _, _ in self._places.values()}, self._places)
+
+    def add_block(self, sums: Packed, weights: Sequence[float]) -> None:
+        """Add a block of several updates, of which `sums` is what `sums` of another mean gave; to the bits of `add` with each.
+        Raises ValueError after a block that is not whole."""
+        if self._added % BLOCK:
+            raise ValueError(
+                f"a block after {self._added % BLOCK} updates of another one, expected whole blocks of {BLOCK}"
+            )
+        if not self._added:
+            self._places = sums.places
+        elif self._places is not None and sums.places != self._places:
+            self._unpack(self._places)
+        if self._places is not None:
+            parts = {dtype_name(dtype): (dtype, flat) for dtype, flat in sums.flats.items()}
+        else:
+            parts = {name: (sums.places[name][0], tensor) for name, tensor in sums.items()}
+        for name, (dtype, tensor) in parts.items():
+            self._dtype.setdefault(name, dtype)
+            self._shape.setdefault(name, tensor.shape)
+            self._total[name] = self._total[name].add_(tensor) if name in self._total else tensor.clone()
+            self._weight[name] = reduce(operator.add, weights, self._weight.get(name, 0.0))  # sum() rounds otherwise
+            self._single[name] = None
+        self._added += len(weights)
 
     def _unpack(self, places: Mapping[str, Place]) -> None:
         """From now on by name."""

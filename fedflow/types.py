@@ -21,6 +21,7 @@ __all__ = [
     "Aggregate",
     "FederationView",
     "Groups",
+    "Result",
     "RoundContext",
     "RoundPlan",
     "SiteId",
@@ -46,13 +47,22 @@ MODEL_GROUPS = ("params", "frozen", "buffers")
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Shape and dtype of one tensor."""
+    """Shape and dtype of one tensor. up_to: of what is to come, whether it may have fewer rows than `shape` says."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    up_to: bool = False
 
     def __str__(self) -> str:
-        return f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)}"
+        fewer = " or fewer rows" if self.up_to else ""
+        return f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)}{fewer}"
+
+    def admits(self, found: TensorSpec) -> bool:
+        """Whether a tensor that is `found` is as it should be."""
+        if not self.up_to or len(found.shape) != len(self.shape):
+            return found == self
+        fits = found.shape[0] <= self.shape[0] and found.shape[1:] == self.shape[1:]
+        return fits and found.dtype == self.dtype
 
 
 Spec = Mapping[str, Mapping[str, TensorSpec]]
@@ -83,6 +93,7 @@ class Update:
     scalars:     numbers that the algorithm needs (a loss at the start, a norm)
     metrics:     numbers for people (loss, accuracy)
     numerics:    what decided the bits of this training
+    staleness:   rounds that were committed since `base_round` when it counts: 0 for an update of the round itself
     """
 
     site: SiteId
@@ -96,6 +107,7 @@ class Update:
     scalars: Mapping[str, float] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     numerics: Mapping[str, Any] = field(default_factory=dict)
+    staleness: int = 0
 
 
 @dataclass(frozen=True)
@@ -114,6 +126,17 @@ class Aggregate:
     count: int
     metrics_by_site: Mapping[SiteId, Mapping[str, float]]
     scalars: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run found that is no model.
+
+    values:  whatever JSON has, by name; tensors: by name
+    """
+
+    values: Mapping[str, Any] = field(default_factory=dict)
+    tensors: Tensors = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -144,6 +167,11 @@ class SiteTask:
 
     steps: int | None = None
     overrides: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Both, as a context's overrides."""
+        return {**self.overrides, **({} if self.steps is None else {"steps": self.steps})}
 
 
 @dataclass(frozen=True)
@@ -184,10 +212,28 @@ class RoundContext:
     overrides: Mapping[str, Any] = field(default_factory=dict)
     measured: Tensors = field(default_factory=dict)
 
+    @classmethod
+    def at(
+        cls,
+        run_seed: int,
+        run: str,
+        round: int,
+        phase: str,
+        site: SiteId | None,
+        num_sites: int,
+        overrides: Mapping[str, Any] | None = None,
+    ) -> RoundContext:
+        """The context of that place in a run, its seed drawn from the run's."""
+        seed = derive_seed(run_seed, round, phase, site)
+        return cls(run, round, phase, site, num_sites, seed, overrides if overrides is not None else {})
+
 
 def canonical_json(value: Any) -> bytes:
     """The one byte string for a JSON value: sorted keys, no spaces, no NaN."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False).encode()
+    return _CANONICAL.encode(value).encode()
+
+
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
 
 
 def derive_seed(*parts: str | int | None) -> int:

@@ -65,6 +65,17 @@ class HeldOut(TensorWorkload):
         super().__init__(*blobs(30, seed=0), held_out=blobs(30, seed=0))
 
 
+def summed(data: TensorWorkload, sum: Any = 1.0) -> dict[str, Any]:
+    """What a task's sites answer: the sum of their rows, by what they were told of all sums."""
+    return {"examples": len(data), "sum": data.inputs.double().sum(dim=0) / (1 + abs(torch.as_tensor(sum)).sum())}
+
+
+def table(site: str) -> dict[str, Any]:
+    """A column of 12, 20 or 28 numbers, and one of texts."""
+    work = Blobs(site)
+    return {"x": work.inputs[:, 0].double().numpy(), "site": [site] * len(work)}
+
+
 def trainings(log: Path) -> Counter[str]:
     """Site -> how often it was trained."""
     return Counter(log.read_text().split()) if log.exists() else Counter()
@@ -178,7 +189,7 @@ def run(
 
 def head(journal: Journal) -> Manifest:
     """The newest commit."""
-    found = journal.head(journal.recipe().algorithm.phases)
+    found = journal.head(journal.recipe().phases)
     assert found is not None
     return found
 

@@ -52,7 +52,7 @@ def _is_free(port: int) -> bool:
 class Server(ABC):
     """A process in a session and directory of its own, which can be killed and restarted on the same ports and data.
 
-    `start` and `restart` return once the server answers. One that exits, or says nothing for three minutes, is a
+    `start` and `restart` return once the server answers. One that exits, or says nothing for ten minutes, is a
     RuntimeError with the end of its log (`server.log` in its directory).
     """
 
@@ -67,6 +67,7 @@ class Server(ABC):
         self._environment = environment
         self._user = user  # None: whoever runs the tests
         self._process: subprocess.Popen[bytes] | None = None
+        self._log_before = 0  # bytes of the log that earlier starts wrote
 
     @abstractmethod
     def answers(self) -> bool:
@@ -85,6 +86,7 @@ class Server(ABC):
 
     def start(self) -> None:
         with self.log.open("ab") as log:
+            self._log_before = log.tell()
             self._process = subprocess.Popen(
                 self._command,
                 cwd=self.directory,
@@ -96,10 +98,16 @@ class Server(ABC):
                 start_new_session=True,  # Ctrl-C in the terminal reaches the tests only; they stop their servers
             )
         try:
-            self._wait(time.monotonic() + 180)
+            self._wait(time.monotonic() + 600)
         except BaseException:
             self.kill()
             raise
+
+    def said(self, words: str) -> bool:
+        """Whether its log has `words` since its start."""
+        with self.log.open("rb") as log:
+            log.seek(self._log_before)
+            return words.encode() in log.read()
 
     def _wait(self, deadline: float) -> None:
         while not self.answers():
@@ -127,6 +135,20 @@ class Server(ABC):
             while any(_alive(process) for process in family):
                 time.sleep(0.01)
             self._process.wait()
+
+    def freeze(self) -> None:
+        """SIGSTOP for it and all that it started: connections stay, and nothing is answered, until `thaw`."""
+        self._send(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self._send(signal.SIGCONT)
+
+    def _send(self, how: signal.Signals) -> None:
+        assert self._process is not None
+        server = psutil.Process(self._process.pid)
+        for process in (server, *server.children(recursive=True)):
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(how)
 
     def restart(self) -> None:
         """Start it again, on the same ports and data; kills it first where it still runs."""
@@ -267,10 +289,24 @@ class S3Server(Server):
         return name
 
     def answers(self) -> bool:
+        """Conditional writes lock in another way before its gateway knows its filers; two could win over the change."""
         with suppress(BaseError):
             self._write_and_delete(self.store(retries=0))
-            return True
+            return self.said("LockRing: s3@")
         return False
+
+    def fill(self, bucket: str) -> None:
+        """Take no more writes into `bucket`, as where its quota is used up, until `empty`. What is there can be read."""
+        self._configure(bucket, "-readOnly=true")
+
+    def empty(self, bucket: str) -> None:
+        self._configure(bucket, "-delete")
+
+    def _configure(self, bucket: str, option: str) -> None:
+        weed = [self._command[0], "shell"]
+        weed += [f"-{name}=127.0.0.1:{self._ports[name]}" for name in ("master", "filer")]
+        asked = f"lock\nfs.configure -locationPrefix=/buckets/{bucket}/ {option} -apply\nunlock\nexit\n"
+        subprocess.run(weed, input=asked, env={"PATH": os.defpath}, text=True, check=True, capture_output=True)
 
     @staticmethod
     def _write_and_delete(store: S3Store) -> None:

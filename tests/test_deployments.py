@@ -1,9 +1,11 @@
 """The deployment files: each is read by what reads it in earnest; one test deploys them to a real server."""
 
 import asyncio
+import configparser
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -148,6 +150,50 @@ def test_heartbeats_are_the_same_everywhere_and_as_fedflow_counts_them() -> None
     assert coordinator["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] == site["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"]
     assert coordinator["PREFECT_WORKER_HEARTBEAT_SECONDS"] == site["PREFECT_WORKER_HEARTBEAT_SECONDS"]
     assert 3 * int(site["PREFECT_WORKER_HEARTBEAT_SECONDS"]) < WORKER_SILENCE.total_seconds()
+
+
+# -- a site's worker as a service --------------------------------------------------------------------------------------
+UNIT = FILES / "site" / "fedflow-site.service"
+
+
+def unit() -> dict[str, dict[str, str]]:
+    """Section -> setting -> its value."""
+    found = configparser.ConfigParser(interpolation=None)
+    found.optionxform = str  # type: ignore[assignment,method-assign]
+    found.read(UNIT)
+    return {name: dict(found[name]) for name in found.sections()}
+
+
+def test_the_unit_starts_a_command_that_there_is_and_stops_the_worker_alone() -> None:
+    service = unit()["Service"]
+    program, *arguments = service["ExecStart"].split()
+    assert Path(program).name == "fedflow" and arguments[:2] == ["site", "start"]
+    get_command(app).make_context("fedflow", [*arguments[:2], "--help"], resilient_parsing=True)
+    assert service["Restart"] == "always" and service["KillMode"] == "mixed"
+    site = SiteConfig.load(FILES / "site.example.yaml")
+    assert site.state.startswith(f"/var/lib/{service['StateDirectory']}/")
+    home = assignments("settings/site.env")["PREFECT_HOME"]
+    assert home.startswith(f"/var/lib/{service['StateDirectory']}/")
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd-analyze")
+def test_systemd_takes_the_unit(tmp_path: Path) -> None:
+    """With a program that is there in place of the one that a site installs."""
+    copy = tmp_path / UNIT.name
+    copy.write_text(UNIT.read_text().replace("/opt/fedflow/bin/fedflow", sys.executable))
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", str(copy)], capture_output=True, text=True, check=False
+    )
+    about_it = [line for line in done.stderr.splitlines() if UNIT.stem in line]
+    assert (done.returncode, about_it) == (0, [])
+
+
+def test_the_sites_image_starts_its_worker_from_the_image_of_the_server() -> None:
+    lines = (FILES / "site" / "Containerfile").read_text().splitlines()
+    said = dict(line.split(" ", 1) for line in lines if line and not line.startswith("#"))
+    assert said["FROM"] == services()["coordinator"]["image"]
+    assert said["STOPSIGNAL"] == "SIGTERM"
+    assert unit()["Service"]["ExecStart"].partition("/bin/")[2] in json.loads(said["CMD"])[-1]
 
 
 # -- compose -----------------------------------------------------------------------------------------------------------

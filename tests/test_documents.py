@@ -1,8 +1,10 @@
-"""The Python in the documents runs as it stands there, from top to bottom."""
+"""The examples in the documents run as they stand there, from top to bottom."""
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 from fedflow.engine import simulate
 from fedflow.local import ScriptWorkload
 from fedflow.recipe import Recipe
+from tests.shell import run_shell
 
 ROOT = Path(__file__).parents[1]
 NAME = "document_that_is_run"
@@ -36,3 +39,66 @@ def test_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     journal = simulate(Recipe.load(fields), ["site-1"])
     manifest = journal.manifest(0, "train")
     assert manifest is not None and manifest.contributors["site-1"].steps == 25
+
+
+def test_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    run(ROOT / "docs" / "tasks.md", monkeypatch)
+
+
+def test_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    run(ROOT / "docs" / "evaluation.md", monkeypatch)
+
+
+def test_statistics(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    run(ROOT / "docs" / "statistics.md", monkeypatch)
+
+
+# -- docs/simulation.md ------------------------------------------------------------------------------------------------
+SIMULATION = (ROOT / "docs" / "simulation.md").read_text()
+ON_A_SERVER = ("fedflow run recipe.yaml --tracking", "fedflow ui digits-3")
+"""What tests/prefect/test_tracking.py does."""
+
+
+def commands() -> list[str]:
+    found = re.findall(r"^\$ (.*?)(?:  +#.*)?$", SIMULATION, re.MULTILINE)
+    return [command for command in found if command not in ON_A_SERVER]
+
+
+@pytest.fixture(scope="module")
+def simulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fresh project in which every command of the page was called, in order; two rounds show no more than one does."""
+    folder = tmp_path_factory.mktemp("simulated")
+    shell = [
+        "fedflow init .",
+        "sed -i 's/^rounds: 10$/rounds: 1/; s/^quorum: 3 /quorum: 2 /' recipe.yaml",
+        "sed -i 's/, site-3, site-4//' federation.yaml",
+    ]
+    for command in commands():
+        shell += [f"echo '$ {command}'", command.replace("--rounds 3", "--rounds 2")]
+    (folder / "output").write_text(run_shell(folder, [*shell, "echo all is done"]))
+    return folder
+
+
+@pytest.mark.timeout(1800)
+def test_every_command_on_simulation_succeeds(simulated: Path) -> None:
+    output = (simulated / "output").read_text()
+    assert output.endswith("all is done\n"), output
+    for name in ("digits.csv", "digits.parquet", "both.svg", "lr.csv", "fedflow-runs/plots/lr.png"):
+        assert (simulated / name).stat().st_size > 0, output
+    assert "lr-lr-0.01-seed-0" in output
+
+
+@pytest.mark.timeout(1800)
+def test_the_python_on_simulation_runs(simulated: Path) -> None:
+    code = "\n".join(re.findall(r"^```python\n(.*?)^```", SIMULATION, re.DOTALL | re.MULTILINE))
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=simulated,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(simulated)])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (simulated / "lr.png").stat().st_size > 0

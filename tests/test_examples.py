@@ -15,8 +15,10 @@ from fedflow.local import build_model
 from fedflow.recipe import Federation, Recipe
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+OTHERS = ("training", "tasks")
+"""Folders whose examples have tests of their own."""
 RECIPES = sorted(
-    path for path in EXAMPLES.rglob("*.yaml") if path.name != "federation.yaml" and path.parent.name != "training"
+    path for path in EXAMPLES.rglob("*.yaml") if path.name != "federation.yaml" and path.parent.name not in OTHERS
 )
 
 
@@ -57,5 +59,6 @@ def test_an_example_runs_and_changes_the_model(example: Path) -> None:
 
 
 def test_there_is_a_recipe_for_every_algorithm() -> None:
-    found = {Recipe.load(path).algorithm.kind for path in RECIPES}
+    tasks = [path for path in (EXAMPLES / "tasks").glob("*.yaml") if path.name != "federation.yaml"]
+    found = {Recipe.load(path).algorithm.kind for path in (*RECIPES, *tasks)}
     assert found == {getattr(algorithms, name).model_fields["kind"].default for name in algorithms.__all__}

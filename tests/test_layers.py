@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "fedflow"
 LAYERS = [  # lowest first; a part imports itself and what lies below
     {"errors"},  # the tree of errors
     {"types"},  # values that cross a boundary
-    {"tensors", "registry", "memory", "data"},
+    {"tensors", "described", "registry", "memory", "data"},
     {"algorithm"},  # the contracts
     {"algorithms", "schedules", "transforms"},
     {"recipe"},
@@ -24,6 +24,7 @@ LAYERS = [  # lowest first; a part imports itself and what lies below
     {"simulation", "plot", "testing", "template"},
     {"prefect, flows"},  # one part: what flows are made of, and who starts them
     {"environments", "deployments"},
+    {"sweep"},  # many runs in one
     {"cli"},
 ]
 PARTS = {"prefect": "prefect, flows", "flows": "prefect, flows"}

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from fedflow.recipe import Recipe
+from tests.shell import run_shell
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -55,22 +56,13 @@ FEWER = [  # nor do four sites
 def followed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which every command of the README was run, in order."""
     folder = tmp_path_factory.mktemp("readme")
-    shell = ["set -euo pipefail"]
+    shell = []
     for command in commands():
         if command not in ELSEWHERE:
             shell += [f"echo '$ {command}'", shorter(command)]
         if command.startswith("fedflow init"):
             shell += FEWER
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    with (folder / "output").open("w") as output:
-        subprocess.run(
-            ["bash", "-c", "\n".join(shell)],
-            cwd=folder,
-            env={**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            check=False,
-        )
+    (folder / "output").write_text(run_shell(folder, shell))
     return folder
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from fedflow.schedules import Everyone, Sampled
+from fedflow.schedules import Buffered, Cyclic, Everyone, Sampled
 from fedflow.types import SiteView, derive_seed
 
 NAMES = [f"site-{i}" for i in range(20)]
@@ -28,12 +30,16 @@ def test_everyone_is_everyone_who_is_online() -> None:
     assert (list(plan.tasks), plan.quorum) == (["a", "b"], 2)
 
 
-def test_a_sample_is_the_first_sites_in_the_order_of_their_derived_seeds() -> None:
-    """Whoever reads a plan can draw the cohort again: sites sorted by derive_seed("cohort", seed, round, site)."""
-    for round in range(5):
-        order = sorted(NAMES, key=lambda site: derive_seed("cohort", 7, round, site))
-        plan = Sampled(sites_per_round=4).plan(round, view(NAMES), seed=7)
-        assert list(plan.tasks) == sorted(order[:4]) and plan.quorum == 4
+@pytest.mark.parametrize("wanted", [4, 20])
+def test_a_sample_is_the_first_sites_of_a_shuffle(wanted: int) -> None:
+    """Whoever reads a plan can draw the cohort again: place i is swapped with i + derive_seed("cohort", seed, round, i) mod (N − i)."""
+    for round in range(50):
+        order = sorted(NAMES)
+        for place in range(len(order)):
+            drawn = place + derive_seed("cohort", 7, round, place) % (len(order) - place)
+            order[place], order[drawn] = order[drawn], order[place]
+        plan = Sampled(sites_per_round=wanted).plan(round, view(NAMES, set(order[:3])), seed=7)
+        assert list(plan.tasks) == sorted(order[3 : 3 + wanted]) and plan.quorum == min(wanted, 17)
 
 
 @properties
@@ -92,6 +98,81 @@ def test_more_sites_are_asked_than_close_the_round(factor: float, asked: int) ->
 def test_a_sample_that_says_nothing_or_too_much_is_refused(bad: dict[str, float]) -> None:
     with pytest.raises(ValidationError):
         Sampled(**bad)
+
+
+# -- cyclic ------------------------------------------------------------------------------------------------------------
+def visited(
+    schedule: Cyclic, rounds: int, offline: Callable[[int], set[str]] = lambda round: set()
+) -> list[str | None]:
+    """Who is asked, round by round, when everyone who is asked answers."""
+    last: dict[str, int] = {}
+    found: list[str | None] = []
+    for round in range(rounds):
+        seen = {site: SiteView(online=site not in offline(round), last_round=last.get(site)) for site in NAMES[:4]}
+        plan = schedule.plan(round, seen, seed=3)
+        found.append(next(iter(plan.tasks), None))
+        assert len(plan.tasks) <= 1 and plan.quorum == 1
+        last |= dict.fromkeys(plan.tasks, round)
+    return found
+
+
+def test_a_fixed_cycle_visits_the_sites_in_order_and_begins_again() -> None:
+    assert visited(Cyclic(), 9) == [*NAMES[:4], *NAMES[:4], NAMES[0]]
+    assert visited(Cyclic(sites=["site-2", "site-0"]), 5) == ["site-2", "site-0", "site-2", "site-0", "site-2"]
+
+
+def test_a_fixed_cycle_passes_over_sites_that_are_offline() -> None:
+    """site-1 is away in round 1: site-2 has its turn, and site-1 waits for the next lap."""
+    found = visited(Cyclic(), 8, lambda round: {"site-1"} if round == 1 else set())
+    assert found == ["site-0", "site-2", "site-3", "site-0", "site-1", "site-2", "site-3", "site-0"]
+    assert visited(Cyclic(), 2, lambda round: set(NAMES)) == [None, None]
+
+
+def test_a_random_cycle_visits_all_and_may_visit_one_twice_in_a_row() -> None:
+    found = visited(Cyclic(order="random"), 400)
+    assert set(found) == set(NAMES[:4]) and any(a == b for a, b in itertools.pairwise(found))
+
+
+@properties
+@given(st.integers(0, 30), st.integers(0, 3))
+def test_a_random_cycle_without_repeats_visits_everyone_once_a_lap(laps: int, away: int) -> None:
+    found = visited(Cyclic(order="random_without_repeat"), 4 * laps)
+    assert all(set(found[4 * lap : 4 * lap + 4]) == set(NAMES[:4]) for lap in range(laps))
+    found = visited(Cyclic(order="random_without_repeat"), 4 * laps, lambda round: {NAMES[away]})
+    others = {*NAMES[:4]} - {NAMES[away]}
+    assert all(set(found[4 * lap : 4 * lap + 3]) == others == set(found[4 * lap : 4 * lap + 4]) for lap in range(laps))
+
+
+def test_laps_have_orders_of_their_own() -> None:
+    found = visited(Cyclic(order="random_without_repeat"), 40)
+    assert len({tuple(found[i : i + 4]) for i in range(0, 40, 4)}) > 3
+
+
+def test_a_cycle_with_a_site_twice_is_refused() -> None:
+    with pytest.raises(ValidationError, match="expected each once"):
+        Cyclic(sites=["a", "b", "a"])
+
+
+# -- buffered ----------------------------------------------------------------------------------------------------------
+def at_work(round: int, **bases: int | None) -> dict[str, SiteView]:
+    return {site.replace("_", "-"): SiteView(in_flight=base) for site, base in bases.items()}
+
+
+def test_a_buffer_asks_who_is_idle_and_counts_on_who_is_at_work() -> None:
+    plan = Buffered(size=2, max_staleness=3).plan(5, at_work(5, a=None, b=4, c=None), seed=1)
+    assert (list(plan.tasks), plan.quorum, plan.accept_bases, plan.late) == (["a", "b", "c"], 2, 3, "carry")
+    assert Buffered(size=10).plan(0, view(["a", "b"]), seed=1).quorum == 2
+
+
+def test_no_more_than_so_many_are_at_work() -> None:
+    sites = {f"s{i}": None for i in range(8)} | {"x": 3, "y": 4}
+    seen = [set(Buffered(size=2, concurrency=5).plan(r, at_work(r, **sites), seed=1).tasks) for r in (4, 5)]
+    assert all(len(cohort) == 5 and {"x", "y"} <= cohort for cohort in seen) and seen[0] != seen[1]
+
+
+def test_a_site_that_is_at_work_for_too_long_is_asked_anew() -> None:
+    plan = Buffered(size=1, max_staleness=2, concurrency=1).plan(5, at_work(5, a=2), seed=1)
+    assert list(plan.tasks) == ["a"]
 
 
 def test_pythons_hash_seed_changes_no_cohort_and_no_seed() -> None:

@@ -105,6 +105,33 @@ def test_names_may_be_averaged_in_any_partition(updates: list[Update], part: set
 
 
 @properties
+@given(st.integers(0, 2**32), st.integers(1, 3 * BLOCK), st.sets(st.integers(0, 3 * BLOCK)))
+def test_blocks_may_be_summed_apart(seed: int, count: int, ragged: set[int]) -> None:
+    """Whole blocks of packed updates, and of what is left one update after the other; some updates lack a name."""
+    random = np.random.default_rng(seed)
+    updates: list[Update] = []
+    for i in range(count):
+        flat = torch.from_numpy(random.normal(0, 100, 8)).float()
+        packed = Packed({torch.float32: flat}, {"a": (torch.float32, 0, (5,)), "b": (torch.float32, 5, (3,))})
+        updates.append((random.uniform(0.01, 100), {"b": packed["b"]} if i in ragged else packed))
+    mean = WeightedMean()
+    for start in range(0, count, BLOCK):
+        block = updates[start : start + BLOCK]
+        if len(block) > 1 and all(isinstance(tensors, Packed) for _, tensors in block):
+            apart = WeightedMean()
+            for weight, tensors in block:
+                apart.add(tensors, weight)
+            sums = apart.sums()
+            assert sums is not None
+            mean.add_block(sums, [weight for weight, _ in block])
+        else:
+            for weight, tensors in block:
+                mean.add(tensors, weight)
+    found, wanted = mean.means(), mean_of([(weight, dict(tensors)) for weight, tensors in updates])
+    assert found.keys() == wanted.keys() and all(same_bits(found[name], wanted[name]) for name in wanted)
+
+
+@properties
 @given(st.integers(0, 2**32), WEIGHTS | st.floats(1e-300, 1e300), st.sampled_from(["f2", "f4", "f8", "i8", "u1", "?"]))
 def test_a_mean_of_one_update_is_that_update_to_the_bit(seed: int, weight: float, dtype: str) -> None:
     raw = np.random.default_rng(seed).bytes(64)

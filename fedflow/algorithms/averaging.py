@@ -148,6 +148,10 @@ class Averaging(Algorithm):
     def measure(self, updates: Iterable[Update], ctx: RoundContext) -> Tensors:
         return figures(self.reduction, updates)
 
+    @property
+    def averages(self) -> bool:
+        return type(self).aggregate is Averaging.aggregate and isinstance(self.reduction, Mean)
+
     def aggregate(self, updates: Iterable[Update], ctx: RoundContext) -> Aggregate:
         if isinstance(self.reduction, Mean):
             return weighted_mean(updates, self.weight)

@@ -62,6 +62,10 @@ class DiLoCo(Averaging):
     """Whether a site's optimizer, learning rate schedule, random state and place in the data go on from round to round; they
     do in the paper."""
 
+    @property
+    def local_steps(self) -> int | None:
+        return self.local_steps_per_round
+
     def objections(self, training: Any) -> list[str]:
         H = self.local_steps_per_round
         if H is None or training.steps in (None, H):

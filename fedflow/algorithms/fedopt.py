@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
 
 from fedflow.algorithms.averaging import ModelState, Rate, WeightedAveraging, averaged, mean_delta, wire
 from fedflow.algorithms.sgd import sgd_step
+from fedflow.described import Described
 from fedflow.tensors import cast
 from fedflow.types import Aggregate, Groups, RoundContext, Tensors
 
@@ -41,12 +42,8 @@ class FedOptState(ModelState):
     steps: int
 
 
-class _Option(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
 # -- server learning rate ----------------------------------------------------------------------------------------------
-class Constant(_Option):
+class Constant(Described):
     """η throughout."""
 
     kind: Literal["constant"] = "constant"
@@ -55,7 +52,7 @@ class Constant(_Option):
         return 1.0
 
 
-class Cosine(_Option):
+class Cosine(Described):
     """From η to `final`·η along half a cosine in `rounds` server steps, and there it stays (arXiv:1608.03983)."""
 
     kind: Literal["cosine"] = "cosine"
@@ -68,7 +65,7 @@ class Cosine(_Option):
         return self.final + (1 - self.final) * (1 + math.cos(math.pi * done)) / 2
 
 
-class Step(_Option):
+class Step(Described):
     """η·γ^⌊steps/every⌋."""
 
     kind: Literal["step"] = "step"
@@ -81,7 +78,7 @@ class Step(_Option):
 
 
 # -- server optimizers -------------------------------------------------------------------------------------------------
-class Sgd(_Option):
+class Sgd(Described):
     """torch.optim.SGD with the gradient −D. With momentum it is FedAvgM."""
 
     kind: Literal["sgd"] = "sgd"
@@ -104,7 +101,7 @@ class Sgd(_Option):
         return new, m, None
 
 
-class _Adaptive(_Option):
+class _Adaptive(Described):
     """x ← x + η m / (√v + τ), where the paper corrects no bias and starts v at τ²."""
 
     lr: Rate = 0.1

@@ -14,10 +14,11 @@ from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 from torch import Tensor
 
 from fedflow.algorithm import weighted_mean
+from fedflow.described import Described
 from fedflow.tensors import squared_norm
 from fedflow.types import Aggregate, Tensors, Update
 
@@ -42,10 +43,8 @@ MODEL = ("params", "delta", "frozen", "buffers")
 Attackers = Annotated[int, Field(ge=0, strict=True)]
 
 
-class Reduction(BaseModel, ABC):
+class Reduction(Described, ABC):
     """n updates -> one. By default the weighted mean; a subclass chooses who counts, or how values are combined."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     kind: str
     measured: ClassVar[Literal["nothing", "distances", "norms"]] = "nothing"

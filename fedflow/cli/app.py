@@ -13,7 +13,22 @@ from typing import Annotated
 
 import typer
 
-from fedflow.cli import doctor, files, looking, recipes, runs, servers, sites, stores
+from fedflow.cli import (
+    doctor,
+    evaluating,
+    files,
+    looking,
+    metrics,
+    recipes,
+    results,
+    roster,
+    runs,
+    servers,
+    sites,
+    statistics,
+    stores,
+    sweeps,
+)
 from fedflow.cli.options import Session
 from fedflow.cli.text import complain
 from fedflow.errors import FedflowError, ObjectCorrupt, StoreError, UserError
@@ -53,15 +68,21 @@ app.command("run")(runs.run)
 app.command("resume")(runs.resume)
 app.command("extend")(runs.extend)
 app.command("abort")(runs.abort)
+app.command("sweep")(sweeps.sweep)
 app.add_typer(looking.app, name="runs")
 app.command("logs")(looking.logs)
 app.command("plot")(files.plot)
+app.command("metrics")(metrics.metrics)
 app.command("export")(files.export)
+app.command("result")(results.result)
+app.command("stats")(statistics.stats)
+app.command("evaluate")(evaluating.evaluate)
 app.command("init")(files.init)
 app.command("ui")(servers.ui)
 app.command("deploy")(servers.deploy)
 app.add_typer(recipes.app, name="recipe")
 app.add_typer(sites.app, name="site")
+app.command("sites")(roster.sites)
 app.add_typer(stores.app, name="store")
 app.command("doctor")(doctor.doctor)
 

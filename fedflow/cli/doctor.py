@@ -246,3 +246,12 @@ def _workers(client: Any, federation: Federation | None) -> Iterator[Line]:
             yield Line("warn", f"worker of {site.name}", absent[site.name], fix)
         else:
             yield Line("ok", f"worker of {site.name}", f"online on work pool {site.work_pool}")
+    yield _requests(len(federation.sites))
+
+
+def _requests(sites: int) -> Line:
+    """What asking for work costs the API: a question takes a Prefect server some ten milliseconds."""
+    from fedflow.prefect.pace import IDLE, WORKING
+
+    found = f"{sites} sites ask for work {sites / WORKING:.1f} times a second right after a round, {sites / IDLE:.1f} times when idle"
+    return Line("ok", "requests", found)

@@ -6,12 +6,12 @@ import importlib.util
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from fedflow.cli.looking import Store, find_journal
-from fedflow.cli.options import HOME, Home, RunId
+from fedflow.cli.options import HOME, Home, RunId, RunIds
 from fedflow.cli.text import metrics
 from fedflow.errors import UserError, field_error
 
@@ -22,18 +22,35 @@ __all__ = ["export", "init", "plot"]
 
 
 def plot(
-    run_id: RunId,
+    run_ids: RunIds,
     out: Annotated[
-        Path | None, typer.Argument(metavar="OUT", help="A .png, .svg or .pdf. Default: <home>/plots/<run>.png.")
+        Path | None,
+        typer.Option("--out", "-o", metavar="OUT", help="A .png, .svg or .pdf. Default: <home>/plots/<run>.png."),
     ] = None,
+    x: Annotated[
+        Literal["round", "seconds", "bytes"],
+        typer.Option("--x", help="Of several runs: over rounds, seconds of training, or bytes communicated."),
+    ] = "round",
     home: Home = HOME,
     store: Store = None,
 ) -> None:
-    """Draw RUN: metrics per round and site, best round, exclusions."""
-    from fedflow.engine.summary import summarize
-    from fedflow.plot import plot_run
+    """Draw RUN: metrics per round and site, best round, exclusions. Or several.
 
-    typer.echo(plot_run(summarize(find_journal(run_id, home, store)), out or home / "plots" / f"{run_id}.png"))
+    Of several runs those that differ in nothing but the seed are one line, their median, with a band from the smallest to the
+    largest.
+    """
+    from fedflow.engine.summary import summarize
+    from fedflow.plot import SUFFIXES, plot_run, plot_runs
+
+    if pictures := [name for name in run_ids if name.endswith(SUFFIXES)]:
+        raise UserError(field_error("RUN", pictures[-1], "ids of runs", f"give the picture as --out {pictures[-1]}"))
+    if twice := sorted({name for name in run_ids if run_ids.count(name) > 1}):
+        raise UserError(field_error("RUN", twice[0], "each run once", "leave it out"))
+    runs = [summarize(find_journal(run_id, home, store)) for run_id in run_ids]
+    if len(runs) == 1 and x == "round":
+        typer.echo(plot_run(runs[0], out or home / "plots" / f"{run_ids[0]}.png"))
+    else:
+        typer.echo(plot_runs(runs, out or home / "plots" / f"{run_ids[0]}-and-{len(runs) - 1}-more.png", x=x))
 
 
 def export(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,8 @@ from fedflow.cli.options import HOME
 from fedflow.cli.progress import LiveProgress, PlainProgress, Progress, Silent, write_line
 from fedflow.cli.text import complain, metric, one_line
 from fedflow.cli.view import View
-from fedflow.cli.watching import Watch
 from fedflow.engine.summary import RunSummary
+from fedflow.engine.watching import Watch
 from fedflow.errors import FedflowError, RunMissing, StoreError, UnreachableError, UserError
 from fedflow.store.journal import Journal
 
@@ -33,13 +33,17 @@ def follow(environment: Any, run: Run, before: int, view: View) -> int:
 
     Returns the exit code: 0 only if the run trained as asked; else what stopped it is on stderr.
     """
-    console, watch = view.console(), Watch(run.journal)
-    _catch_up(watch, run, before)
-    with interruptible(), _progress(console, environment, run, before, view) as progress:
+    console, watch = view.console(), Watch(run.journal, before)
+    with (
+        interruptible(),
+        _board(run, view) as record,
+        _progress(console, environment, run, before, view) as progress,
+    ):
 
         def tick(run: Run, *, last: bool = False) -> None:
             with contextlib.suppress(StoreError):  # an outage is the coordinator's matter; look again later
-                progress.show(watch, watch.look(run, last=last))
+                progress.show(watch, watch.look(last=last))
+            record(watch)
 
         try:
             run.wait(on_tick=tick)
@@ -57,7 +61,7 @@ def committed_rounds(store: ObjectStore, run: str) -> int:
     """How many rounds of `run` are committed; 0 where there is no such run."""
     journal = Journal(store, run)
     try:
-        last = journal.recipe().algorithm.phases[-1]
+        last = journal.recipe().phases[-1]
     except RunMissing:
         return 0
     return sum(phase == last for _, phase in journal.committed())
@@ -69,11 +73,26 @@ def resume_command(run: str, home: Path) -> str:
 
 
 # -- while it goes on --------------------------------------------------------------------------------------------------
-def _catch_up(watch: Watch, run: Run, before: int) -> None:
-    """Rounds of an earlier start are known, but not shown as new."""
-    if before:
-        watch.look(run, last=True)
-        del watch.rounds[before:]
+@contextlib.contextmanager
+def _board(run: Run, view: View) -> Iterator[Callable[[Watch], None]]:
+    """Called after every look, writes what is new for TensorBoard, if that is wanted."""
+    if view.tensorboard is None:
+        yield lambda watch: None
+        return
+    from fedflow.engine.metrics import Events
+
+    with Events(view.tensorboard / run.id) as events:
+        written = 0
+
+        def record(watch: Watch) -> None:
+            nonlocal written
+            for round in watch.rounds[written:]:
+                events.add(round)
+            if len(watch.rounds) > written:
+                events.flush()
+            written = len(watch.rounds)
+
+        yield record
 
 
 @contextlib.contextmanager

@@ -8,7 +8,20 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["HOME", "AsJson", "FederationFile", "Home", "Quiet", "RecipeFile", "RunId", "Session", "StoreUrl"]
+__all__ = [
+    "HOME",
+    "AsJson",
+    "FederationFile",
+    "Home",
+    "Quiet",
+    "RecipeFile",
+    "RunId",
+    "RunIds",
+    "Session",
+    "StoreUrl",
+    "TensorBoard",
+    "Tracking",
+]
 
 HOME = Path("fedflow-runs")
 """`fedflow.environments.DEFAULT_HOME`, which takes an import of torch to read; a test holds them equal."""
@@ -30,6 +43,7 @@ def _remember(ctx: typer.Context, home: Path) -> Path:
 
 
 RunId = Annotated[str, typer.Argument(metavar="RUN", help="Id of the run, as `fedflow runs ls` shows it.")]
+RunIds = Annotated[list[str], typer.Argument(metavar="RUN...", help="Ids of runs, as `fedflow runs ls` shows them.")]
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, YAML or JSON.")]
 Home = Annotated[
     Path,
@@ -52,3 +66,11 @@ AsJson = Annotated[
     bool, typer.Option("--json", help="Print one JSON object as the last line; all else goes to stderr.")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result.")]
+Tracking = Annotated[
+    bool,
+    typer.Option("--tracking", help="sim: show it as one flow run on the Prefect server of PREFECT_API_URL."),
+]
+TensorBoard = Annotated[
+    Path | None,
+    typer.Option("--tensorboard", metavar="DIR", help="Write each round's figures there, as TensorBoard reads them."),
+]

@@ -58,7 +58,7 @@ def check_recipe(recipe: Recipe, sites: list[str] | None) -> list[str]:
     if recipe.evaluation is not None:
         found = resolve("workloads", recipe.evaluation.path, field="evaluation")
         check_evaluator(call(found, recipe.evaluation.args, field="evaluation.args", site="server"), "evaluation")
-    initial = journal.head(recipe.algorithm.phases)
+    initial = journal.head(recipe.phases)
     assert initial is not None
     count = sum(tensor.numel() for tensors in read_model(journal, initial).values() for tensor in tensors.values())
     return [

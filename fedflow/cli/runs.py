@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from fedflow.cli.options import HOME, AsJson, FederationFile, Home, Quiet, RecipeFile, RunId, StoreUrl
+from fedflow.cli.options import (
+    HOME,
+    AsJson,
+    FederationFile,
+    Home,
+    Quiet,
+    RecipeFile,
+    RunId,
+    StoreUrl,
+    TensorBoard,
+    Tracking,
+)
 from fedflow.cli.servers import hold
 from fedflow.cli.view import View
 from fedflow.errors import RecipeError, UserError, field_error
@@ -20,7 +31,7 @@ if TYPE_CHECKING:
     from fedflow.recipe import Federation, Recipe
     from fedflow.store.journal import Journal
 
-__all__ = ["abort", "extend", "load_federation", "load_recipe", "resume", "run"]
+__all__ = ["Kind", "abort", "check_tracking", "extend", "load_federation", "load_recipe", "resume", "run"]
 
 Kind = Literal["sim", "poc", "prod"]
 
@@ -46,6 +57,16 @@ def run(
     ] = None,
     home: Home = HOME,
     keep_server: KeepServer = False,
+    tracking: Tracking = False,
+    tensorboard: TensorBoard = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            "--trace",
+            metavar="FILE",
+            help="sim: how the sites fare over simulated time, CSV or YAML. It decides who counts and when rounds close.",
+        ),
+    ] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -54,8 +75,10 @@ def run(
     Exit code 0 only if the run trained as asked; 1 if it failed or was stopped; 2 for a mistake in what was given.
     """
     _check_keeping(env, keep_server)
+    check_tracking(env, tracking)
+    _check_trace(env, trace)
     _check_name(run_id)
-    view = View(home, as_json, quiet)
+    view = View(home, as_json, quiet, tensorboard)
     with ExitStack() as stack:
         with view.starting(env):
             from fedflow.cli.following import committed_rounds
@@ -63,7 +86,10 @@ def run(
 
             spec, sites = load_recipe(recipe), load_federation(federation, recipe)
             _check_evaluation(spec, env)
-            environment = stack.enter_context(make(env, federation=sites, store=store, home=home))
+            view.check()
+            options: dict[str, Any] = {"tracking": True} if tracking else {}
+            options |= {} if trace is None else {"trace": trace}
+            environment = stack.enter_context(make(env, federation=sites, store=store, home=home, **options))
             before = committed_rounds(environment.store, run_id) if run_id else 0
             handle = environment.execute(spec, run_id=run_id)
         code = _follow(environment, handle, before, view)
@@ -88,6 +114,7 @@ def resume(
         list[str] | None, typer.Option("--add-site", metavar="SITE", help="A site that joins the run. May be repeated.")
     ] = None,
     home: Home = HOME,
+    tensorboard: TensorBoard = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -97,11 +124,13 @@ def resume(
     """
     from fedflow.environments import recall
 
+    view = View(home, as_json, quiet, tensorboard)
+    view.check()
     changes: dict[str, Any] = {"rounds": rounds, "quorum": quorum}
     changes = {field: value for field, value in changes.items() if value is not None}
     with recall(run_id, home) as environment:
         _amend(environment, run_id, changes, timeouts=timeout or [], sites=add_site or [])
-        code = _go_on(environment, run_id, View(home, as_json, quiet))
+        code = _go_on(environment, run_id, view)
     raise typer.Exit(code)
 
 
@@ -214,7 +243,7 @@ def _timeout(text: str) -> tuple[str, str]:
 
 def _check_extension(journal: Journal, rounds: int) -> None:
     """Raises UserError where `rounds` in all would train nothing more."""
-    from fedflow.engine.rounds import key_metrics, stops_early
+    from fedflow.engine.best import key_metrics, stops_early
 
     recipe = journal.recipe()
     if rounds <= recipe.rounds:
@@ -231,6 +260,19 @@ def _check_extension(journal: Journal, rounds: int) -> None:
 def _check_keeping(env: Kind, keep_server: bool) -> None:
     if keep_server and env != "poc":
         raise UserError(field_error("--keep-server", env, "the environment poc, which starts a server", "leave it out"))
+
+
+def check_tracking(env: Kind, tracking: bool) -> None:
+    """Raises UserError where `--tracking` says nothing."""
+    if tracking and env != "sim":
+        raise UserError(
+            field_error("--tracking", env, "the environment sim; others are on a server anyhow", "leave it out")
+        )
+
+
+def _check_trace(env: Kind, trace: Path | None) -> None:
+    if trace is not None and env != "sim":
+        raise UserError(field_error("--trace", env, "the environment sim, whose time is simulated", "leave it out"))
 
 
 def _check_name(run_id: str | None) -> None:

@@ -12,12 +12,12 @@ from rich.text import Text
 from fedflow.cli.text import digest, duration, metric, metrics, one_line, size
 from fedflow.engine.summary import RoundSummary, RunSummary, Status
 
-__all__ = ["output", "overview", "rounds_table", "runs_table"]
+__all__ = ["COLOURS", "output", "overview", "rounds_table", "runs_table"]
 
 PIPED_WIDTH = 200
 """Columns where stdout is no terminal: nothing is cut off."""
 
-_COLOURS = {"running": "cyan", "finished": "green", "failed": "red", "aborted": "yellow", "interrupted": "yellow"}
+COLOURS = {"running": "cyan", "finished": "green", "failed": "red", "aborted": "yellow", "interrupted": "yellow"}
 
 
 def output() -> Console:
@@ -36,7 +36,7 @@ def runs_table(runs: Sequence[tuple[RunSummary, Status, str | None]]) -> Table:
         table.add_row(
             summary.run,
             env or "",
-            Text(status, style=_COLOURS[status]),
+            Text(status, style=COLOURS[status]),
             f"{len(summary.rounds)}/{summary.recipe.rounds}",
             key,
             metric(summary.metrics[key]) if key in summary.metrics else "",
@@ -54,7 +54,7 @@ def overview(summary: RunSummary, status: Status, env: str | None, store: str) -
     table.add_column(style="dim")
     table.add_column(overflow="fold")
     table.add_row("run", Text(summary.run, style="bold"))
-    table.add_row("status", Text(status, style=_COLOURS[status]))
+    table.add_row("status", Text(status, style=COLOURS[status]))
     if status in ("failed", "aborted") and summary.last and summary.last.message:
         table.add_row("why", one_line(summary.last.message))
     table.add_row(

@@ -21,11 +21,19 @@ _STARTING = {
 
 @dataclass(frozen=True)
 class View:
-    """How a run is shown. home: where its plot goes; as_json: all but one object goes to stderr."""
+    """How a run is shown. home: where its plot goes; as_json: all but one object goes to stderr; tensorboard: a folder."""
 
     home: Path
     as_json: bool = False
     quiet: bool = False
+    tensorboard: Path | None = None
+
+    def check(self) -> None:
+        """Raises UserError where TensorBoard's files cannot be written: before anything starts."""
+        if self.tensorboard is not None:
+            from fedflow.engine.metrics import check_events
+
+            check_events(self.tensorboard)
 
     def console(self) -> Console:
         from rich.console import Console

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedflow.algorithm import Algorithm
 from fedflow.engine.reduction import Reduction
-from fedflow.engine.updates import Contributor, as_update
+from fedflow.engine.updates import Contributor
 from fedflow.errors import FedflowError
 from fedflow.local.model import build_model, load_groups
 from fedflow.local.numerics import applied
@@ -43,12 +43,16 @@ _log = logging.getLogger(__name__)
 __all__ = ["Evaluator", "aggregate_round", "commit_initial", "evaluate_model", "evaluate_round", "read_model"]
 
 
-def commit_initial(journal: Journal, algorithm: Algorithm, model: Groups) -> Manifest:
-    """Commit the state before round 0, or find it committed."""
+def commit_initial(
+    journal: Journal, algorithm: Algorithm, model: Groups, others: Mapping[str, Groups] | None = None
+) -> Manifest:
+    """Commit the state before round 0, or find it committed. others: further models, by name"""
     found = journal.manifest(INITIAL, "initial")
     if found:
         return found
     state = algorithm.init(model)
+    if others:
+        state = algorithm.with_models(state, others)
     return journal.put_manifest(
         Manifest(
             run=journal.run,
@@ -114,17 +118,15 @@ def aggregate_round(
             round=plan.round,
         )
     updates = [Contributor(journal, plan, contribution) for _, contribution in sorted(closing.contributors.items())]
-    context = RoundContext(
-        plan.run, plan.round, plan.phase, None, plan.num_sites, derive_seed(recipe.seed, plan.round, plan.phase, None)
-    )
+    context = RoundContext.at(recipe.seed, plan.run, plan.round, plan.phase, None, plan.num_sites)
     budget = recipe.memory_budget if memory_budget is None else memory_budget
     reduction = Reduction(journal, algorithm, head, updates, context, budget, threads or _threads(journal.store))
     written = reduction.write(f"{journal.public}/objects", f"{journal.server}/objects", closing.digest())
     record = StateRecord(tensors=written.of("state"), scalars=reduction.scalars(written))
     outline = read_outline(journal.store, algorithm.State, record, written.spec("state"))
-    if line := algorithm.report(outline, len(updates)):
+    if record != head.state and (line := algorithm.report(outline, len(updates))):
         _log.info("run %s, round %d: %s", plan.run, plan.round, line)
-    weights = {u.manifest.site: algorithm.weight(as_update(u.manifest, {})) for u in updates}
+    weights = {u.manifest.site: algorithm.weight(u.bare) for u in updates}
     contributors = {u.manifest.site: u.summary(weights[u.manifest.site]) for u in updates}
     return journal.put_manifest(
         Manifest(
@@ -143,7 +145,7 @@ def aggregate_round(
             model=written.of("model"),
             broadcast=written.of("broadcast"),
             model_digest=written.model_digest,
-            metrics=weighted_metrics(contributors),
+            metrics=weighted_metrics([(c.weight, c.metrics) for c in contributors.values()]),
             sites=_site_records(head, plan, contributors, closing),
             opened=next((o.opened for o in journal.openings(plan)), None),
             committed=utc_now(),
@@ -174,12 +176,12 @@ def _numerics_differ(contributors: Mapping[SiteId, ContributorSummary]) -> list[
     return [site for site, c in contributors.items() if first is not None and c.numerics != first.numerics]
 
 
-def weighted_metrics(contributors: Mapping[SiteId, ContributorSummary]) -> dict[str, float | None]:
-    """Weighted mean of every metric over the sites that reported it."""
-    names = sorted({name for c in contributors.values() for name in c.metrics})
+def weighted_metrics(reported: Sequence[tuple[float, Mapping[str, float | None]]]) -> dict[str, float | None]:
+    """Weighted mean of every metric over the sites that reported it. reported: each site's weight and metrics"""
+    names = sorted({name for _, metrics in reported for name in metrics})
     means = {}
     for name in names:
-        known = [(c.weight, v) for c in contributors.values() if (v := c.metrics.get(name)) is not None]
+        known = [(weight, v) for weight, metrics in reported if (v := metrics.get(name)) is not None]
         means[name] = sum(w * v for w, v in known) / sum(w for w, _ in known) if known else float("nan")
     return finite(means)
 
@@ -230,7 +232,7 @@ def evaluate_round(journal: Journal, manifest: Manifest) -> Evaluation | None:
     phases to come."""
     found = journal.evaluation(manifest.round)
     recipe = journal.recipe()
-    if found is not None or recipe.evaluation is None or manifest.phase != recipe.algorithm.phases[-1]:
+    if found is not None or recipe.evaluation is None or manifest.phase != recipe.phases[-1]:
         return found
     started = time.monotonic()
     metrics = evaluate_model(recipe, read_model(journal, manifest))

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
-import multiprocessing
 import os
 import select
 import signal
 import threading
 import traceback
 from collections.abc import Callable, Sequence
-from multiprocessing import forkserver
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from typing import Any
 
 from fedflow import errors
 from fedflow.engine.aggregation import evaluate_round
+from fedflow.engine.forks import ForkServer, Line
 from fedflow.engine.logs import passed_on
 from fedflow.engine.rounds import commit_round, start_run
 from fedflow.errors import FedflowError, RoundError
@@ -30,14 +25,14 @@ from fedflow.types import SiteId
 
 __all__ = ["aggregate_in_child", "evaluate_in_child", "start_in_child", "warm_up"]
 
-_context = multiprocessing.get_context("forkserver")
+_server = ForkServer(preload=["fedflow.engine.child"])
 _log = logging.getLogger("fedflow.engine")
 
 
 def warm_up(*modules: str) -> None:
     """Have the fork server import everything, and `modules`, once; a child then starts in milliseconds."""
-    _context.set_forkserver_preload(["fedflow.engine.child", *modules])
-    forkserver.ensure_running()
+    _server.preload = ["fedflow.engine.child", *modules]
+    _server.start()
 
 
 def start_in_child(
@@ -91,39 +86,20 @@ _CALLS: dict[str, Callable[..., None]] = {"start": _start, "aggregate": _aggrega
 
 
 def _call(name: str, args: list[Any], timeout: float) -> None:
-    ours, theirs = _context.Pipe(duplex=False)
-    process = _context.Process(target=_serve, args=(name, json.dumps(args), theirs))
-    process.start()
-    theirs.close()
+    child = _server.fork("fedflow.engine.child:_serve", [name, args])
     try:
-        with ours:
-            answered = ours.poll(timeout)  # an answer, or the end of the process
-            try:
-                answer = json.loads(ours.recv_bytes()) if answered else None
-            except EOFError:
-                process.join()
-                answer = {
-                    "log": [],
-                    "error": "RoundError",
-                    "text": f"{name}: its process died with exit code {process.exitcode}",
-                }
+        answer = child.receive(timeout)
     finally:
-        _kill(process)  # it has nothing more to do
+        ended, code = child.ended, child.exit  # before it is killed: it has nothing more to do
+        child.end()
+    if answer is None and ended:
+        raise RoundError(f"{name}: its process died with exit code {code}")
     if answer is None:
         raise RoundError(f"{name}: killed after {timeout:g} s; give it longer (round_deadline) or a faster store")
     for level, text in answer["log"]:
         _log.log(level, "%s", text)
     if "error" in answer:
         raise _error(name, answer)
-
-
-def _kill(process: BaseProcess) -> None:
-    """The process and all that it started: it leads a group of its own."""
-    assert process.pid is not None
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.kill()
-    process.join()
 
 
 def _error(name: str, answer: dict[str, Any]) -> FedflowError:
@@ -135,14 +111,14 @@ def _error(name: str, answer: dict[str, Any]) -> FedflowError:
     )
 
 
-def _serve(name: str, args: str, answer: Connection) -> None:
-    os.setsid()
-    threading.Thread(target=_end_with_the_caller, args=(answer.fileno(),), daemon=True).start()
+def _serve(asked: list[Any], line: Line) -> None:
+    name, args = asked
+    threading.Thread(target=_end_with_the_caller, args=(line.socket.fileno(),), daemon=True).start()
     kept: list[tuple[int, str]] = []
     said: dict[str, Any] = {"log": kept}  # for the caller to say again
     try:
         with passed_on(lambda level, text: kept.append((level, text))):
-            _CALLS[name](*json.loads(args))
+            _CALLS[name](*args)
     except FedflowError as error:
         said |= {
             "error": type(error).__name__,
@@ -151,7 +127,7 @@ def _serve(name: str, args: str, answer: Connection) -> None:
         }
     except Exception:
         said |= {"error": "RoundError", "text": f"{name} failed:\n{traceback.format_exc()}"}
-    answer.send_bytes(json.dumps(said).encode())
+    line.send(said)
 
 
 def _end_with_the_caller(answer: int) -> None:

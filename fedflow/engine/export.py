@@ -19,7 +19,7 @@ from fedflow.store.journal import Journal
 from fedflow.store.records import Manifest
 from fedflow.types import Groups
 
-__all__ = ["SUFFIXES", "check_target", "export_model", "state_dict"]
+__all__ = ["SUFFIXES", "check_target", "export_model", "state_dict", "write_file"]
 
 SUFFIXES = (".safetensors", ".pt", ".pth")
 
@@ -41,15 +41,15 @@ def export_model(journal: Journal, round: int, out: Path) -> list[str]:
     """
     check_target(out)
     recipe = journal.recipe()
-    manifest = journal.manifest(round, recipe.algorithm.phases[-1])
+    manifest = journal.manifest(round, recipe.phases[-1])
     if manifest is None:
         raise UserError(field_error("--round", round, "a committed round", "see `fedflow runs show`"))
     groups = read_model(journal, manifest)
     if out.suffix == ".safetensors":
-        _write(out, lambda path: save_file(_flat(groups), path, metadata=_origin(manifest)))
+        write_file(out, lambda path: save_file(_flat(groups), path, metadata=_origin(manifest)))
         return []
     tensors, notes = state_dict(recipe, groups)
-    _write(out, lambda path: torch.save(tensors, path))
+    write_file(out, lambda path: torch.save(tensors, path))
     return notes
 
 
@@ -74,12 +74,12 @@ def _origin(manifest: Manifest) -> dict[str, str]:
     return {"format": "pt", "run": manifest.run, "round": str(manifest.round), "model_digest": manifest.model_digest}
 
 
-def _write(out: Path, save: Callable[[Path], object]) -> None:
-    """Write beside `out`, then rename, so that `out` is never half a file."""
+def write_file(out: Path, save: Callable[[Path], object], field: str = "OUT") -> None:
+    """Write beside `out`, then rename, so that `out` is never half a file. Raises UserError about `field`."""
     try:
         handle, name = tempfile.mkstemp(dir=out.absolute().parent, prefix=f".{out.name}-")
     except OSError as error:
-        raise UserError(field_error("OUT", str(out), "a place that can be written", f"{error.strerror}")) from error
+        raise UserError(field_error(field, str(out), "a place that can be written", f"{error.strerror}")) from error
     os.close(handle)
     temporary = Path(name)
     try:
@@ -89,7 +89,7 @@ def _write(out: Path, save: Callable[[Path], object]) -> None:
             os.fsync(file.fileno())
         temporary.replace(out)
     except OSError as error:
-        raise UserError(field_error("OUT", str(out), "a place that can be written", f"{error.strerror}")) from error
+        raise UserError(field_error(field, str(out), "a place that can be written", f"{error.strerror}")) from error
     finally:
         temporary.unlink(missing_ok=True)
 

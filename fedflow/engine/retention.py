@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from fedflow.engine.rounds import best_round, key_metrics
+from fedflow.engine.best import best_round, key_metrics
 from fedflow.engine.updates import MOST_MANIFEST
 from fedflow.errors import ObjectCorrupt, ObjectMissing, StoreError, StoreUnavailable
 from fedflow.store.journal import INITIAL, Journal
@@ -80,7 +80,7 @@ def _manifests(journal: Journal) -> list[Manifest]:
 
 def _planned(journal: Journal) -> list[tuple[int, str]]:
     """Rounds and phases with a plan, in the order in which they were planned."""
-    keys, phases = journal.store.list(f"{journal.public}/rounds"), journal.recipe().algorithm.phases
+    keys, phases = journal.store.list(f"{journal.public}/rounds"), journal.recipe().phases
     found = (re.search(r"/rounds/(\d+)/([^/]+)/plan\.json$", key) for key in keys)
     return sorted(((int(m[1]), m[2]) for m in found if m), key=lambda step: (step[0], phases.index(step[1])))
 
@@ -142,7 +142,7 @@ def check_run(journal: Journal) -> Checked:
     The updates that a commit was made of are not read: it does not rest upon them any more.
     """
     found, seen = Checked(), set[ObjectRef]()
-    manifests = _in_order(_manifests(journal), journal.recipe().algorithm.phases)
+    manifests = _in_order(_manifests(journal), journal.recipe().phases)
     for before, after in zip([None, *manifests], manifests, strict=False):
         name = f"round {after.round}, {after.phase}"
         if after.parent != (expected := before.digest() if before else None):

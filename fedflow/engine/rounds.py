@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 import re
 import uuid
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Literal
 
 from fedflow import __version__
 from fedflow.engine.aggregation import aggregate_round, commit_initial
+from fedflow.engine.best import key_metrics, stops_early
+from fedflow.engine.checkpoints import initial_models
 from fedflow.engine.updates import Checks
 from fedflow.errors import (
     FedflowError,
@@ -27,8 +28,7 @@ from fedflow.errors import (
     UserError,
     field_error,
 )
-from fedflow.local.model import build_model, load_checkpoint, model_groups
-from fedflow.recipe import AMENDABLE, NAME, Recipe
+from fedflow.recipe import AMENDABLE, MAX_BACKOFF, NAME, Recipe, backoff
 from fedflow.store.journal import INITIAL, Journal
 from fedflow.store.objects import ObjectStore
 from fedflow.store.records import (
@@ -44,7 +44,7 @@ from fedflow.store.records import (
     TaskRecord,
     utc_now,
 )
-from fedflow.types import FederationView, SiteId, SiteView
+from fedflow.types import FederationView, RoundPlan, SiteId, SiteView
 
 __all__ = [
     "Step",
@@ -53,9 +53,15 @@ __all__ = [
     "close_round",
     "commit_round",
     "exclude",
+    "gave_up",
     "is_finished",
+    "is_quorate",
+    "lateness",
     "may_close",
+    "new_opening",
+    "next_attempt",
     "next_step",
+    "no_update",
     "open_round",
     "record_abort",
     "recording_outcome",
@@ -77,9 +83,7 @@ def start_run(store: ObjectStore, run: str, recipe: Recipe, sites: Sequence[Site
     journal = Journal(store, run)
     if (begun := _begun(journal)) and begun.digest() == recipe.digest():
         return journal  # neither model nor checkpoint need be here any more
-    model = build_model(recipe.model.path, recipe.model.args, seed=recipe.seed)
-    if recipe.checkpoint is not None:
-        load_checkpoint(model, recipe.checkpoint)
+    model, others = initial_models(store, recipe)
     store.probe()
     wanted = RunRecord(
         fedflow=__version__,
@@ -95,7 +99,7 @@ def start_run(store: ObjectStore, run: str, recipe: Recipe, sites: Sequence[Site
         raise RunExists(
             f"run: found {run!r} with another recipe ({_differences(begun, recipe)}), expected the same; choose another --run-id"
         )
-    commit_initial(journal, recipe.computation, model_groups(model))
+    commit_initial(journal, recipe.computation, model, others)
     return journal
 
 
@@ -113,6 +117,8 @@ def check_sites(recipe: Recipe, sites: Sequence[SiteId]) -> None:
         raise UserError(
             f"overrides, required_sites: found sites {unknown}, expected sites among {sorted(sites)}; correct the names"
         )
+    if unknown := sorted(set(recipe.schedule.names) - set(sites)):
+        raise UserError(field_error("schedule.sites", unknown, f"sites among {sorted(sites)}", "correct the names"))
     for name in ("quorum", "min_sites"):
         wanted = getattr(recipe, name)
         if wanted is not None and wanted > len(sites):
@@ -135,7 +141,7 @@ def amend_run(
                 f"run: found {journal.run!r} with another recipe ({_differences(current, wanted)}), expected no change but in "
                 f"{', '.join(sorted(AMENDABLE))}; take the others back, or start a new run"
             )
-        done = sum(phase == current.algorithm.phases[-1] for _, phase in journal.committed())
+        done = sum(phase == current.phases[-1] for _, phase in journal.committed())
         if wanted.rounds < done:
             raise UserError(field_error("rounds", wanted.rounds, f"at least the {done} that are committed", "raise it"))
         check_sites(wanted, sorted({*journal.sites(), *sites}))
@@ -192,7 +198,7 @@ class Step:
 
 def next_step(journal: Journal, recipe: Recipe) -> Step | None:
     """The first phase that is not committed, or None where the run is finished."""
-    phases = recipe.algorithm.phases
+    phases = recipe.phases
     head = journal.head(phases)
     assert head is not None
     if head.round >= 0 and head.phase != phases[-1]:
@@ -202,54 +208,21 @@ def next_step(journal: Journal, recipe: Recipe) -> Step | None:
 
 def is_finished(journal: Journal, recipe: Recipe) -> bool:
     """Whether all rounds are committed, or the early stop says so: a pure function of committed records."""
-    done = sum(phase == recipe.algorithm.phases[-1] for _, phase in journal.committed())
+    done = sum(phase == recipe.phases[-1] for _, phase in journal.committed())
     if done >= recipe.rounds:
         return True
     stop = recipe.early_stop
     return (stop.patience is not None or stop.target is not None) and stops_early(key_metrics(journal, recipe), recipe)
 
 
-def key_metrics(journal: Journal, recipe: Recipe) -> list[float | None]:
-    """The key metric of every committed round: the server's evaluation, else the weighted mean of the sites'."""
-    last = recipe.algorithm.phases[-1]
-    values = []
-    for round, phase in journal.committed():
-        if phase == last:
-            evaluation, manifest = journal.evaluation(round), journal.manifest(round, phase)
-            assert manifest is not None
-            source = evaluation.metrics if evaluation else manifest.metrics
-            values.append(source.get(recipe.key_metric.name))
-    return values
-
-
-def best_round(values: Sequence[float | None], recipe: Recipe) -> int | None:
-    """The earliest round with the best key metric."""
-    sign = 1 if recipe.key_metric.mode == "max" else -1
-    known = [(sign * v, -i) for i, v in enumerate(values) if v is not None]
-    return -max(known)[1] if known else None
-
-
-def stops_early(values: Sequence[float | None], recipe: Recipe) -> bool:
-    """Whether these key metrics, one a round, end the run."""
-    stop, sign = recipe.early_stop, 1 if recipe.key_metric.mode == "max" else -1
-    best, best_at = -math.inf, -1
-    for i, value in enumerate(values):
-        if value is not None and sign * value > best + stop.min_delta:
-            best, best_at = sign * value, i
-        if stop.target is not None and value is not None and sign * value >= sign * stop.target:
-            return True
-        if stop.patience is not None and i - best_at >= stop.patience:
-            return True
-    return False
-
-
 # -- plan and opening --------------------------------------------------------------------------------------------------
-def federation_view(journal: Journal, head: Manifest, absent: Mapping[SiteId, str] | None = None) -> FederationView:
-    """What is known of every site. absent: site -> why it cannot be asked now."""
-    absent = absent or {}
+def federation_view(
+    journal: Journal, head: Manifest, absent: Mapping[SiteId, str], at_work: Mapping[SiteId, int]
+) -> FederationView:
+    """What is known of every site. absent: site -> why it cannot be asked now; at_work: site -> base of what it still makes."""
     known = {site: head.sites.get(site, SiteRecord()) for site in journal.sites()}
     return {
-        site: SiteView(online=site not in absent, last_round=r.last_round, seconds=r.seconds, failures=r.failures)
+        site: SiteView(site not in absent, at_work.get(site), r.last_round, r.seconds, r.failures)
         for site, r in known.items()
     }
 
@@ -259,6 +232,7 @@ def open_round(
     step: Step,
     *,
     absent: Mapping[SiteId, str] | None = None,
+    at_work: Mapping[SiteId, int] | None = None,
     reopen: bool = False,
     why: str = "start",
     ends: datetime | None = None,
@@ -266,30 +240,39 @@ def open_round(
     """The plan of `step`, and an opening of it: made, or found made.
 
     absent: site -> why it cannot be asked now (used for a new plan only)
+    at_work: site -> base round of an update that it still makes (the same)
     reopen: start a new opening with a new deadline, as a resume does; the updates that are there stay. Without it an
             opening that is there is continued, its deadline not extended, unless it was closed below its quorum.
     ends:   when the run ends at the latest, and so the opening
     Raises QuorumLost where too few sites are there, or a required one is not.
     """
     recipe = journal.recipe()
-    plan = journal.plan(step.round, step.phase) or journal.put_plan(_make_plan(journal, recipe, step, absent or {}))
+    plan = journal.plan(step.round, step.phase) or journal.put_plan(
+        _make_plan(journal, recipe, step, absent or {}, at_work or {})
+    )
     openings = journal.openings(plan)
     if openings:
         closing = journal.closing(plan, openings[-1].number)
         if closing.quorate if closing else not reopen:
             return plan, openings[-1]  # to be continued; or nothing is left to collect, only to aggregate
-    now = utc_now()
-    deadline = now + recipe.durations.round_deadline
-    opening = Opening(
-        number=len(openings) + 1,
-        opened=now,
+    opening = new_opening(recipe, plan.quorum, at=utc_now(), ends=ends, number=len(openings) + 1, why=why)
+    opening = opening.model_copy(update={"rejected": _rejected(journal, plan, openings)})
+    return plan, journal.put_opening(plan, opening)
+
+
+def new_opening(
+    recipe: Recipe, quorum: int, *, at: datetime, ends: datetime | None = None, number: int = 1, why: str = "start"
+) -> Opening:
+    """The opening that begins at `at`. quorum: the plan's; ends: when the run ends at the latest."""
+    deadline = at + recipe.durations.round_deadline
+    return Opening(
+        number=number,
+        opened=at,
         deadline=min(deadline, ends) if ends else deadline,
         why=why,
-        quorum=plan.quorum if recipe.quorum is None else recipe.quorum,
+        quorum=quorum if recipe.quorum is None else recipe.quorum,
         required=recipe.required_sites,
-        rejected=_rejected(journal, plan, openings),
     )
-    return plan, journal.put_opening(plan, opening)
 
 
 def _rejected(journal: Journal, plan: Plan, openings: Sequence[Opening]) -> list[str]:
@@ -304,23 +287,25 @@ def _rejected(journal: Journal, plan: Plan, openings: Sequence[Opening]) -> list
     return sorted({*openings[-1].rejected, *refused})
 
 
-def _make_plan(journal: Journal, recipe: Recipe, step: Step, absent: Mapping[SiteId, str]) -> Plan:
+def _make_plan(
+    journal: Journal, recipe: Recipe, step: Step, absent: Mapping[SiteId, str], at_work: Mapping[SiteId, int]
+) -> Plan:
     algorithm = recipe.computation
     head = journal.head(algorithm.phases)
     assert head is not None
-    view = federation_view(journal, head, absent)
+    view = federation_view(journal, head, absent, at_work)
     if step.phase == algorithm.phases[0]:
         wanted = recipe.schedule.plan(step.round, view, recipe.seed)
         tasks = {s: TaskRecord(steps=t.steps, overrides=dict(t.overrides)) for s, t in wanted.tasks.items()}
         quorum = recipe.quorum if recipe.quorum is not None else wanted.quorum
-        late = wanted.late or recipe.late
-        back = wanted.accept_bases if wanted.accept_bases is not None else int(late == "carry")
+        late, back = lateness(recipe, wanted)
+        there = sum(site.online for site in view.values())
     else:
         first = journal.plan(step.round, algorithm.phases[0])
         assert first is not None
         tasks = {s: t for s, t in first.tasks.items() if s in head.contributors}
-        quorum, late, back = first.quorum, first.late, 0
-    check_cohort(recipe, len(tasks), quorum, absent, run=journal.run, round=step.round)
+        quorum, late, back, there = first.quorum, first.late, 0, len(tasks)
+    check_cohort(recipe, len(tasks), there, quorum, absent, run=journal.run, round=step.round)
     record = journal.record()
     return Plan(
         run=journal.run,
@@ -341,10 +326,21 @@ def _make_plan(journal: Journal, recipe: Recipe, step: Step, absent: Mapping[Sit
     )
 
 
+def lateness(recipe: Recipe, wanted: RoundPlan) -> tuple[Literal["drop", "carry"], int]:
+    """What becomes of late updates, and how many rounds back an update may have started. Of several phases none is carried."""
+    if len(recipe.computation.phases) > 1:
+        return "drop", 0
+    late = wanted.late or recipe.late
+    return late, wanted.accept_bases if wanted.accept_bases is not None else int(late == "carry")
+
+
 def check_cohort(
-    recipe: Recipe, cohort: int, quorum: int, absent: Mapping[SiteId, str], *, run: str, round: int
+    recipe: Recipe, cohort: int, there: int, quorum: int, absent: Mapping[SiteId, str], *, run: str, round: int
 ) -> None:
-    """Raises QuorumLost where too few sites can be asked, or a required one cannot. absent: site -> why."""
+    """Raises QuorumLost where too few sites can be asked, or a required one cannot.
+
+    cohort: sites that are asked; there: that could be; absent: site -> why it could not
+    """
     missing = sorted(set(recipe.required_sites) & absent.keys())
     if missing:
         raise QuorumLost(
@@ -360,13 +356,13 @@ def check_cohort(
             run=run,
             round=round,
         )
-    least, binding = max((quorum, "quorum"), (recipe.min_sites, "min_sites"))
-    if cohort < least:
-        raise QuorumLost(
-            f"found {cohort} sites to ask, expected at least {least} ({binding}): {_named(sorted(absent), absent)}; start their workers and resume",
-            run=run,
-            round=round,
-        )
+    for found, least, binding in ((there, recipe.min_sites, "min_sites"), (cohort, quorum, "quorum")):
+        if found < least:
+            raise QuorumLost(
+                f"found {found} sites to ask, expected at least {least} ({binding}): {_named(sorted(absent), absent)}; start their workers and resume",
+                run=run,
+                round=round,
+            )
 
 
 def _named(sites: Sequence[SiteId], why: Mapping[SiteId, str]) -> str:
@@ -406,7 +402,7 @@ def survey(journal: Journal, plan: Plan, sites: Sequence[SiteId] | None = None, 
 
 # -- closing -----------------------------------------------------------------------------------------------------------
 def may_close(
-    plan: Plan,
+    asked: Set[SiteId],
     opening: Opening,
     found: Survey,
     *,
@@ -415,17 +411,37 @@ def may_close(
     grace: timedelta,
     at: datetime,
 ) -> str | None:
-    """Why the round may close now, or None.
+    """Why the round may close at `at`, or None. The one rule, by the clock in deployment and in simulated time.
 
-    given_up: sites of which nothing more is expected; quorum_since: when the quorum was first seen
+    asked: the cohort; given_up: sites of which nothing more is expected; quorum_since: when the quorum was first seen
     """
-    if {*found.answered(), *given_up} >= plan.tasks.keys():
+    if {*found.answered(), *given_up} >= asked:
         return "every site answered"
     if at >= opening.deadline:
         return "deadline"
     if quorum_since is not None and at >= quorum_since + grace and is_quorate(opening, found):
         return "quorum"
     return None
+
+
+def next_attempt(recipe: Recipe, opening: Opening, attempt: int, *, at: datetime, jitter: float) -> datetime | None:
+    """When a site whose `attempt` failed at `at` is asked again; None if it is not.
+
+    Exponential backoff, capped at `MAX_BACKOFF`, of which half to all is waited: jitter, 0 … 1, says how much.
+    """
+    longest = max(backoff(recipe.attempts, recipe.timeouts.round_deadline), timedelta(seconds=0.1))
+    pause = min(timedelta(seconds=2.0 ** (attempt - 1)), longest, MAX_BACKOFF) * (0.5 + jitter / 2)
+    return None if attempt >= recipe.attempts or at + pause >= opening.deadline else at + pause
+
+
+def gave_up(reason: str, attempt: int, recipe: Recipe) -> str:
+    """Why a site whose last attempt failed does not count."""
+    return f"{reason} (attempt {attempt} of {recipe.attempts})"
+
+
+def no_update(opening: Opening, *, at: datetime) -> str:
+    """Why a site from which nothing had come at the closing, at `at`, does not count."""
+    return f"no update by {'the deadline' if at >= opening.deadline else 'the closing'}"
 
 
 def is_quorate(terms: Opening | Closing, found: Survey) -> bool:

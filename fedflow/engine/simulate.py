@@ -16,12 +16,10 @@ from fedflow.errors import FedflowError
 from fedflow.recipe import Recipe, SiteConfig
 from fedflow.store.journal import Journal
 from fedflow.store.objects import ObjectStore
-from fedflow.store.records import Manifest, Opening, Plan
+from fedflow.store.records import Manifest
 from fedflow.types import SiteId
 
 __all__ = ["simulate"]
-
-SiteStep = Callable[[Plan, Opening, SiteId], "str | None"]
 
 
 def simulate(
@@ -54,7 +52,7 @@ def simulate(
     }
     journal = start_run(objects, run or f"{recipe.name}-{uuid.uuid4().hex[:8]}", recipe, sorted(configs))
     recipe = amend_run(journal, recipe, sites=sorted(configs))
-    if head := journal.head(recipe.algorithm.phases):
+    if head := journal.head(recipe.phases):
         evaluate_round(journal, head)  # whoever was killed right after a commit has not done it
     resumed = True
     while step := next_step(journal, recipe):

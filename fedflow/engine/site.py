@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import logging
 import os
 import resource
 import signal
-import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
-from pathlib import Path
+from functools import partial
 from typing import Any, cast
 
 from torch import nn
 
 from fedflow import __version__
 from fedflow.algorithm import Algorithm
+from fedflow.engine.locks import held
 from fedflow.errors import (
     FedflowError,
     KeyEscapesRoot,
@@ -36,19 +35,28 @@ from fedflow.errors import (
     UserError,
 )
 from fedflow.local.model import build_model
+from fedflow.local.own import Registry, work_of
 from fedflow.local.state import Memory, TrainingState
-from fedflow.local.training import training_of
-from fedflow.local.workload import Setup, check_workload
+from fedflow.local.workload import Setup
 from fedflow.memory import tidy_after
 from fedflow.recipe import Recipe, SiteConfig
 from fedflow.registry import call, resolve
 from fedflow.store.journal import Journal
 from fedflow.store.objects import ObjectStore
-from fedflow.store.records import Failure, Opening, Plan, SiteStateRecord, UpdateManifest, finite, utc_now
+from fedflow.store.records import (
+    Failure,
+    Opening,
+    Plan,
+    SiteStateRecord,
+    StateRecord,
+    UpdateManifest,
+    finite,
+    utc_now,
+)
 from fedflow.store.state import read_state, write_state
 from fedflow.store.tensors import StoredTensors, read_tensors, write_tensors
 from fedflow.tensors import LazyGroups
-from fedflow.types import RoundContext, Update, derive_seed
+from fedflow.types import RoundContext, SiteTask, Update
 
 __all__ = ["SiteWork", "failure_of", "hard_deadline", "site_step"]
 
@@ -120,7 +128,13 @@ def site_step(
 
         memory = Memory(lambda: states.read_training(plan.tasks[config.name].state_base))
         setup = Setup(model or build, recipe.training_at(config.name), recipe.numerics, on_step, memory)
-        training = training_of(_workload(recipe, config, journal) if workload is None else workload, setup)
+        training = work_of(
+            recipe.algorithm,
+            _workload(recipe, config, journal) if workload is None else workload,
+            setup,
+            _tasks(config),
+            config.statistics,
+        )
         broadcast = _received(root, plan, recipe.memory_budget)
         update, state = _run_algorithm(recipe, broadcast, plan, config.name, states, training)
         update = replace(update, attempt=work.attempt)
@@ -150,7 +164,12 @@ def _workload(recipe: Recipe, config: SiteConfig, journal: Journal) -> Any:
         "workloads", recipe.workload.path, field="workload", aliases=config.workloads, allowed=config.allowed_imports
     )
     args = {**recipe.workload_args_at(config.name), **config.workload_args}
-    return check_workload(call(found, args, field="workload.args", site=config.name, sites=journal.sites()), "workload")
+    return call(found, args, field="workload.args", site=config.name, sites=journal.sites())
+
+
+def _tasks(config: SiteConfig) -> Registry:
+    """The functions that this site offers to tasks."""
+    return partial(resolve, "tasks", field="algorithm.function", aliases=config.tasks, allowed=config.allowed_imports)
 
 
 def _sent(journal: Journal, plan: Plan, opening: Opening, site: str) -> UpdateManifest | None:
@@ -168,16 +187,8 @@ def _run_algorithm(
     recipe: Recipe, broadcast: LazyGroups, plan: Plan, site: str, states: _States, training: Any
 ) -> tuple[Update, Any]:
     algorithm, task = recipe.computation, plan.tasks[site]
-    steps = {} if task.steps is None else {"steps": task.steps}
-    context = RoundContext(
-        run=plan.run,
-        round=plan.round,
-        phase=plan.phase,
-        site=site,
-        num_sites=plan.num_sites,
-        seed=derive_seed(recipe.seed, plan.round, plan.phase, site),
-        overrides={**task.overrides, **steps},
-    )
+    settings = SiteTask(task.steps, task.overrides).settings
+    context = RoundContext.at(recipe.seed, plan.run, plan.round, plan.phase, site, plan.num_sites, settings)
     before = states.read(algorithm, task.state_base, site)
     state = algorithm.init_site(broadcast, training, context) if before is None else before
     update, after = algorithm.site_update(broadcast, state, training, context)
@@ -207,6 +218,8 @@ def _send(
     prefix = journal.inbox(update.site, plan.round, plan.phase)
     again = any(key.startswith(f"{prefix}/") for key in opening.rejected)
     kept = states.write_objects(state, memory.after)
+    if not update.steps and memory.after is None:  # nothing was trained: what training remembers stays
+        kept = states.continued(kept, update.state_base)
     manifest = UpdateManifest(
         run=plan.run,
         nonce=plan.nonce,
@@ -288,6 +301,17 @@ class _States:
             return None
         return SiteStateRecord(update="", round=self.plan.round, phase=self.plan.phase, state=record, training=kept)
 
+    def continued(self, record: SiteStateRecord | None, base: str | None) -> SiteStateRecord | None:
+        """`record` with what training kept with the accepted update `base`, if it kept anything."""
+        training = None
+        if base is not None:
+            with contextlib.suppress(ObjectMissing, ValueError):
+                training = SiteStateRecord.from_bytes(self.store.get(self._key(base))).training
+        if training is None:
+            return record
+        fresh = SiteStateRecord(update="", round=self.plan.round, phase=self.plan.phase, state=StateRecord())
+        return (record or fresh).model_copy(update={"training": training})
+
     def write(self, record: SiteStateRecord) -> None:
         with contextlib.suppress(ObjectExists):
             self.store.put(self._key(record.update), record.to_bytes())
@@ -318,19 +342,14 @@ class _States:
     def lock(self, site: str) -> Iterator[None]:
         """One trainer a (run, site): a second one on this machine waits; a killed one's lock is free at once."""
         name = hashlib.blake2b(f"{self.store.url} {self.prefix} {site}".encode(), digest_size=12).hexdigest()
-        folder = Path(tempfile.gettempdir()) / f"fedflow-locks-{os.getuid()}"
-        folder.mkdir(mode=0o700, exist_ok=True)
-        handle = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+        with held(name):
             yield
-        finally:
-            os.close(handle)
 
 
 @dataclass
 class _ClosingWatch:
-    """Looks every `every` seconds whether the opening closed or its deadline passed, and then stops the training."""
+    """Looks every `every` seconds whether the opening's deadline passed, or it closed and no late update counts, and then stops
+    the training."""
 
     journal: Journal
     plan: Plan
@@ -348,7 +367,7 @@ class _ClosingWatch:
         place = {"run": self.plan.run, "round": self.plan.round}
         if (at or utc_now()) >= self.opening.deadline:
             raise OpeningClosed(f"the deadline of opening {self.opening.number} passed", **place)  # type: ignore[arg-type]
-        if self.journal.is_closed(self.plan, self.opening.number):
+        if self.plan.late == "drop" and self.journal.is_closed(self.plan, self.opening.number):
             raise OpeningClosed(f"opening {self.opening.number} was closed without this site", **place)  # type: ignore[arg-type]
 
 

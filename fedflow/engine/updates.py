@@ -19,9 +19,9 @@ from fedflow.store.records import Contribution, ContributorSummary, Plan, Update
 from fedflow.store.state import read_outline
 from fedflow.store.tensors import Part, TensorReader, file_order, read_spec
 from fedflow.tensors import cast, non_finite
-from fedflow.types import MODEL_GROUPS, Groups, SiteId, Spec, TensorSpec, Update, spec_of
+from fedflow.types import MODEL_GROUPS, Groups, SiteId, Spec, Tensors, TensorSpec, Update, spec_of
 
-__all__ = ["Checks", "Contributor", "as_update", "problem_of"]
+__all__ = ["Checks", "Contributor", "as_update", "problem_of", "rebased"]
 
 MOST_MANIFEST = 16 << 20  # bytes; the digests of an object of 1 TiB take 5 MiB
 MOST_METRICS = 1000
@@ -29,8 +29,8 @@ LONGEST_NAME = 200  # characters of a metric's or a scalar's name
 LONGEST_REASON = 2000  # characters
 
 
-def as_update(manifest: UpdateManifest, tensors: Groups) -> Update:
-    """A site's manifest as the algorithm sees it, with `tensors`."""
+def as_update(manifest: UpdateManifest, tensors: Groups, round: int) -> Update:
+    """A site's manifest as the algorithm sees it, with `tensors`, where it counts in `round`."""
     return Update(
         site=manifest.site,
         base_round=manifest.round,
@@ -43,6 +43,7 @@ def as_update(manifest: UpdateManifest, tensors: Groups) -> Update:
         scalars=manifest.scalars,
         metrics={name: v for name, v in manifest.metrics.items() if v is not None},
         numerics=manifest.numerics,
+        staleness=round - manifest.round,
     )
 
 
@@ -74,6 +75,16 @@ class Checks:
             self._spec = algorithm.expects(state, self.plan.phase)
         return self._spec
 
+    @cached_property
+    def _counted(self) -> dict[SiteId, set[str]]:
+        """Updates that counted in one of the earlier rounds whose updates may count now; the plan names each site's last one."""
+        found: dict[SiteId, set[str]] = {}
+        for round in self.plan.accept_bases if len(self.plan.accept_bases) > 2 else ():
+            if round < self.plan.round and (manifest := self.journal.manifest(round, self.plan.phase)):
+                for site, contributor in manifest.contributors.items():
+                    found.setdefault(site, set()).add(contributor.update)
+        return found
+
     def judge(self, site: SiteId, key: str) -> Contribution | str | None:
         """A contribution, or the reason why not; None for an update that counted in an earlier round."""
         found = self._judged(site, key)
@@ -82,10 +93,10 @@ class Checks:
     def _judged(self, site: SiteId, key: str) -> Contribution | str | None:
         try:
             update = UpdateManifest.from_bytes(self.journal.store.get(key, at_most=MOST_MANIFEST))
-            if update.update_digest() == self.plan.tasks[site].state_base:
+            if update.update_digest() in {self.plan.tasks[site].state_base, *self._counted.get(site, ())}:
                 return None
             self._check_header(site, key, update)
-            _check_weight(self.recipe.computation, as_update(update, {}))
+            _check_weight(self.recipe.computation, as_update(update, {}, self.plan.round))
             self._check_tensors(key, update)
         except ValueError as error:
             return f"unreadable manifest {key}: {first_problem(error)}"
@@ -142,18 +153,34 @@ class Checks:
             )
 
 
+def rebased(tensors: Tensors, then: Tensors, now: Tensors) -> dict[str, Tensor]:
+    """y + (x_now − x_then), in float64, rounded once: what a site learnt from `then`, moved to `now`."""
+    return {
+        name: y if y.dtype == torch.bool else cast(y.double() + (now[name].double() - then[name].double()), y.dtype)
+        for name, y in tensors.items()
+    }
+
+
 def problem_of(update: Update, expects: Spec, algorithm: Algorithm) -> str | None:
     """Why an update in memory cannot count, whatever its numbers; None if it can."""
     try:
         _check_weight(algorithm, update)
         _check_groups(update.tensors, expects)
-        for group, found in spec_of(update.tensors).items():
-            _check_spec(group, found, expects[group], algorithm)
+        for group, tensors in update.tensors.items():
+            if not _fits(tensors, expects[group]):
+                _check_spec(group, spec_of({group: tensors})[group], expects[group], algorithm)
         if bad := [name for name, value in update.scalars.items() if not math.isfinite(value)]:
             raise UpdateInvalid(f"scalars: found {update.scalars[bad[0]]!r} as {bad[0]}, expected a finite number")
     except UpdateInvalid as error:
         return str(error)
     return None
+
+
+def _fits(found: Tensors, expected: Mapping[str, TensorSpec]) -> bool:
+    """Whether these are all of them, as they should be."""
+    return found.keys() == expected.keys() and all(
+        tensor.shape == expected[name].shape and tensor.dtype == expected[name].dtype for name, tensor in found.items()
+    )
 
 
 def _check_weight(algorithm: Algorithm, update: Update) -> None:
@@ -180,7 +207,7 @@ def _check_spec(
     if missing or extra:
         raise UpdateInvalid(f"names in {group}: missing {missing[:5]}, unexpected {extra[:5]}")
     for name, spec in found.items():
-        if spec != expected[name]:
+        if not expected[name].admits(spec):
             raise UpdateInvalid(f"{group}/{name}: found {spec}, expected {expected[name]}")
 
 
@@ -238,7 +265,12 @@ class Contributor:
             raise self._invalid(f"not finite: {bad}")
         if self.contribution.base_round != self.plan.round:
             groups = self._rebased(groups, part)
-        return as_update(self.manifest, groups)
+        return as_update(self.manifest, groups, self.plan.round)
+
+    @property
+    def bare(self) -> Update:
+        """The update without tensors."""
+        return as_update(self.manifest, {}, self.plan.round)
 
     def finish(self) -> None:
         """Verify what was loaded and is not verified yet. Raises UpdateInvalid."""
@@ -264,9 +296,7 @@ class Contributor:
         moved = {group: dict(tensors) for group, tensors in groups.items()}
         for group, readers in self._bases.items():
             then, now = (reader.read({name: part[name] for name in groups[group]}) for reader in readers)
-            for name, y in groups[group].items():
-                if y.dtype != torch.bool:
-                    moved[group][name] = cast(y.double() + (now[name].double() - then[name].double()), y.dtype)
+            moved[group] = rebased(groups[group], then, now)
         return moved
 
     def _verified(self, read: Any, *args: Any, **options: Any) -> Any:

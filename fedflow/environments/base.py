@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from fedflow.engine.metrics import MetricRow, metric_rows
 from fedflow.engine.rounds import record_abort
-from fedflow.engine.summary import Current, RunSummary, Status, current, summarize
+from fedflow.engine.summary import Current, RunSummary, Status, current, status_of, summarize
 from fedflow.errors import FedflowError, ObjectMissing, RoundAborted, RoundError, RunMissing
 from fedflow.recipe import Recipe
 from fedflow.store.journal import Journal
@@ -74,21 +75,24 @@ class Run:
         if self.backend.alive():
             return "running"
         try:
-            return summarize(self.journal).status
+            return status_of(self.journal)[0]
         except (RunMissing, ObjectMissing):
             return "failed"
 
     def is_complete(self) -> bool:
         """Whether it ended as asked, and nobody has asked for more since: to resume it would do nothing."""
         try:
-            summary = summarize(self.journal)
+            return status_of(self.journal)[1]
         except (RunMissing, ObjectMissing):
             return False
-        return summary.finished and summary.last is not None and summary.last.status == "finished"
 
     def summary(self) -> RunSummary:
         """Everything committed so far. Raises RunMissing before the run's record is written."""
         return summarize(self.journal)
+
+    def metrics(self) -> list[MetricRow]:
+        """Every metric of every committed round, the server's and each site's: `pandas.DataFrame(run.metrics())`."""
+        return list(metric_rows(self.summary()))
 
     def current(self) -> Current | None:
         """The round in progress; None between rounds, and before the first."""

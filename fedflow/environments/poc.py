@@ -200,6 +200,7 @@ class PocEnv(ProdEnv):
 
     database: of the Prefect server: "postgres", "sqlite" or a URL; default: postgres with the extra `poc`, else sqlite
     environment: more variables for the workers and what they start
+    site_type: of the sites' workers: fedflow's own, or "process", which is Prefect's and starts an interpreter a flow run
     """
 
     kind = "poc"
@@ -212,6 +213,7 @@ class PocEnv(ProdEnv):
         home: str | Path = DEFAULT_HOME,
         database: str | None = None,
         environment: Mapping[str, str] | None = None,
+        site_type: str = worker.SiteWorker.type,
     ) -> None:
         self.home = Path(home).resolve()
         wanted = Federation.of(federation) if isinstance(federation, int) else federation
@@ -219,6 +221,7 @@ class PocEnv(ProdEnv):
         self.server = Server(self.home / "prefect", database=database)
         self.environment = dict(environment or {})
         self._workers: list[subprocess.Popen[bytes]] = []
+        self.site_type = site_type
         super().__init__(placed, home=self.home, api_url=self.server.url)
 
     def execute(self, recipe: Recipe, *, run_id: str | None = None) -> Run:
@@ -260,12 +263,12 @@ class PocEnv(ProdEnv):
         common = self.server.environment() | self.environment
         self._spawn_worker(
             "coordinator",
-            worker.command(self.federation.coordinator_pool, "coordinator", worker.CoordinatorWorker),
+            worker.command(self.federation.coordinator_pool, "coordinator", worker.CoordinatorWorker.type),
             common,
         )
         for site in self.federation.sites:
             config, path = self._site_config(site.name, recipe)
-            args = worker.command(config.work_pool, site.name, worker.SiteWorker)
+            args = worker.command(config.work_pool, site.name, self.site_type)
             self._spawn_worker(site.name, args, common | worker.environment(config, path))
 
     def _await_coordinator(self, backend: object) -> None:

@@ -41,6 +41,8 @@ class ProdEnv:
     """
 
     kind = "prod"
+    site_type = "fedflow-site"
+    """Of the work pools that `deploy` makes for the sites."""
 
     def __init__(
         self,
@@ -61,7 +63,7 @@ class ProdEnv:
     def deploy(self, recipe: Recipe | None = None) -> list[str]:
         """Create or update the federation's pools and deployments; their names."""
         with connect(self.api_url) as client:
-            return deploy_federation(client, self.federation, recipe=recipe)
+            return deploy_federation(client, self.federation, recipe=recipe, site_type=self.site_type)
 
     def execute(self, recipe: Recipe, *, run_id: str | None = None) -> Run:
         """Start `recipe`; a run of that id with this recipe is resumed. Raises before anything is trained."""

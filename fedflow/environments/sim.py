@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import signal
 import subprocess
 import sys
@@ -14,14 +15,19 @@ from typing import Any, Self
 from fedflow.engine import amend_run, start_run
 from fedflow.environments.base import DEFAULT_HOME, Run
 from fedflow.environments.local import child_environment, new_run_id, read_log, remember, stop_group
-from fedflow.errors import UserError, field_error
+from fedflow.errors import UserError
 from fedflow.recipe import Federation, Recipe
 from fedflow.registry import resolve
-from fedflow.simulation.engine import BACKENDS, Backend
+from fedflow.simulation.clock import noted_trace
+from fedflow.simulation.engine import Backend, check_options
+from fedflow.simulation.trace_files import read_trace
+from fedflow.simulation.traces import Trace
 from fedflow.store.journal import Journal
 from fedflow.store.objects import ObjectStore
 
 __all__ = ["SimEnv"]
+
+log = logging.getLogger(__name__)
 
 
 class SimEnv:
@@ -29,7 +35,11 @@ class SimEnv:
 
     store:   URL; default `<home>/store`. home: folder of store, what the sites remember, and logs
     workers: processes that train; default: one a processor
-    backend: "processes", or "debug": sites train in the coordinating process, one after the other
+    backend: "processes"; "ray": actors of the Ray cluster that RAY_ADDRESS names, or of one on this machine; "debug": sites
+             train in the coordinating process, one after the other
+    tracking: show each start of a run as one flow run on the Prefect server of the settings (PREFECT_API_URL)
+    trace:   how the sites fare over simulated time, or the file that says it; noted with each run at its start, which keeps to it.
+             Default: everyone answers, and no time is simulated
     """
 
     kind = "sim"
@@ -42,16 +52,15 @@ class SimEnv:
         home: str | Path = DEFAULT_HOME,
         workers: int | None = None,
         backend: Backend = "processes",
+        tracking: bool = False,
+        trace: Trace | str | Path | None = None,
     ) -> None:
         self.federation = Federation.of(federation) if isinstance(federation, int) else federation
         self.home = Path(home).resolve()
-        if workers is not None and workers < 1:
-            raise UserError(
-                field_error("workers", workers, "a count of at least 1", "leave it out for one a processor")
-            )
-        if backend not in BACKENDS:
-            raise UserError(field_error("backend", backend, f"one of {', '.join(BACKENDS)}", "choose one of them"))
-        self.workers, self.backend = workers, backend
+        check_options(backend, workers)
+        self.workers, self.backend, self.tracking = workers, backend, tracking
+        self.trace = read_trace(trace) if isinstance(trace, (str, Path)) else trace
+        self._checked = False
         self.store = ObjectStore(
             store or self.federation.store or str(self.home / "store"), self.federation.store_options
         )
@@ -59,18 +68,40 @@ class SimEnv:
     def execute(self, recipe: Recipe, *, run_id: str | None = None) -> Run:
         """Start `recipe`; a run of that id with this recipe is resumed. Raises before anything is trained."""
         resolve("workloads", recipe.workload.path, field="workload")
+        self._check_tracking()
         run = run_id or new_run_id(self.store, recipe)
         journal = start_run(self.store, run, recipe, self.federation.names)
         amend_run(journal, recipe, sites=self.federation.names)
+        noted_trace(journal, self.trace)
         return self.resume(run)
 
     def resume(self, run_id: str) -> Run:
         Journal(self.store, run_id).record()
         handle = self.attach(run_id)
         if not handle.backend.alive():
+            tracked = self.tracking and self._can_track()
             remember(self, run_id)
             _start(self, run_id)
+            if tracked:
+                _track(self, run_id)
         return handle
+
+    def _check_tracking(self) -> None:
+        """Raises UserError where no Prefect API is configured that could show runs."""
+        if self.tracking and not self._checked:
+            from fedflow.environments.tracking import check_api
+
+            check_api()
+            self._checked = True
+
+    def _can_track(self) -> bool:
+        """A run that was begun goes on without an API, too."""
+        try:
+            self._check_tracking()
+        except UserError as error:
+            log.warning("%s; the run goes on, and is not shown", error)
+            return False
+        return True
 
     def attach(self, run_id: str) -> Run:
         Journal(self.store, run_id).record()
@@ -78,11 +109,13 @@ class SimEnv:
 
     def ui_command(self, run: Run) -> str | None:
         """There is no UI without a server."""
-        return None
+        if not self.tracking:
+            return None
+        return f"fedflow ui {run.id}" + ("" if self.home == DEFAULT_HOME.resolve() else f" --home {self.home}")
 
     def options(self) -> dict[str, Any]:
         """What `remember` keeps."""
-        return {"workers": self.workers, "backend": self.backend}
+        return {"workers": self.workers, "backend": self.backend, "tracking": self.tracking}
 
     def close(self) -> None:
         """Nothing is kept open; runs go on."""
@@ -109,15 +142,31 @@ def _start(env: SimEnv, run: str) -> None:
     with files.lock.open("w") as lock, files.log.open("a") as log:
         fcntl.flock(lock, fcntl.LOCK_EX)
         process = subprocess.Popen(
-            [sys.executable, "-m", "fedflow.simulation", json.dumps(spec)],
-            stdin=subprocess.DEVNULL,
+            [sys.executable, "-m", "fedflow.simulation", run],
+            stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,
             env=child_environment(OPENBLAS_NUM_THREADS="1"),  # whose threads would keep it from forking
             pass_fds=[lock.fileno()],
             start_new_session=True,
         )
+        assert process.stdin
+        with process.stdin as stdin:  # other users see a command line, and a store's options may be credentials
+            stdin.write(json.dumps(spec).encode())
         lock.write(str(process.pid))
+
+
+def _track(env: SimEnv, run: str) -> None:
+    """A process beside it that tells the Prefect server of it; it outlives the run for as long as it has something to tell."""
+    with _Process(env.home, run).log.open("a") as log:
+        subprocess.Popen(
+            [sys.executable, "-m", "fedflow.environments.tracking", json.dumps({"run": run, "home": str(env.home)})],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=child_environment(DO_NOT_TRACK="1"),
+            start_new_session=True,
+        )
 
 
 class _Process:
@@ -125,6 +174,7 @@ class _Process:
 
     def __init__(self, home: Path, run: str) -> None:
         self.lock, self.log = home / "runs" / f"{run}.lock", home / "logs" / f"{run}.log"
+        self.url = home / "runs" / f"{run}.url"
 
     def alive(self) -> bool:
         if not self.lock.exists():
@@ -145,7 +195,8 @@ class _Process:
         return read_log(self.log, site)
 
     def ui(self) -> str | None:
-        return None
+        """Of the newest start that was tracked."""
+        return (self.url.read_text() or None) if self.url.exists() else None
 
 
 def _reap() -> None:

@@ -17,9 +17,10 @@ from fedflow.engine.summary import summarize
 from fedflow.errors import RoundError
 from fedflow.flows.round import evaluate, federated_round, journal_of
 from fedflow.memory import tidy_after
-from fedflow.prefect.api import absent_sites, cancel, connect, find_runs, run_tag, training_tag
+from fedflow.prefect.api import absent_sites, cancel, connect, connected, find_runs, run_tag, training_tag
 from fedflow.prefect.artifacts import Progress, publish_report, shown_if_possible
 from fedflow.prefect.deploy import TRAINING_FLOW
+from fedflow.prefect.sites import publish_sites
 from fedflow.recipe import Federation, Recipe
 from fedflow.store.journal import Journal
 from fedflow.store.records import utc_now
@@ -57,6 +58,7 @@ def _record_abort(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any]) ->
     on_cancellation=[_stop_children, _record_abort],
     on_crashed=[_stop_children],
     on_failure=[_stop_children],
+    on_completion=[_stop_children],  # late updates that no round is left to count
 )
 def training(recipe: Recipe, federation: Federation, run_id: str | None = None) -> None:
     """Train `recipe` over the sites of `federation`; a run of that id is continued from its last committed round.
@@ -92,8 +94,9 @@ def training(recipe: Recipe, federation: Federation, run_id: str | None = None) 
             tidy_after(step.round, journal.recipe().training.tidy_every)
         progress.show(journal.recipe(), journal.recipe().rounds)
         summary = summarize(journal)
-        with shown_if_possible():
+        with shown_if_possible(), connected() as client:
             publish_report(summary)
+            publish_sites(client, federation, last=True)
         log.info("finished after %d rounds: %s", len(summary.rounds), summary.model_digest)
 
 
@@ -122,9 +125,9 @@ def end_of(recipe: Recipe) -> datetime | None:
 
 def catch_up(journal: Journal, federation: Federation) -> None:
     """Evaluate the newest round, where a coordinator was killed right after its commit."""
-    phases = journal.recipe().algorithm.phases
+    phases = journal.recipe().phases
     head = journal.head(phases)
-    if head is not None and head.phase == phases[-1]:
+    if head is not None and head.phase == phases[-1] and journal.recipe().evaluation is not None:
         evaluate(journal, federation, head)
 
 
@@ -132,7 +135,7 @@ def mark_as_training(journal: Journal) -> None:
     """Tag this flow run as others look for it: one that a schedule or a form started has no tags yet."""
     wanted = {"fedflow", "training", run_tag(journal.record().nonce)}
     if not wanted <= set(runtime.flow_run.tags):
-        with connect() as client:
+        with connected() as client:
             client.update_flow_run(UUID(runtime.flow_run.id), tags=sorted({*runtime.flow_run.tags, *wanted}))
 
 
@@ -140,7 +143,7 @@ def sweep_orphans(journal: Journal) -> None:
     """Stop what earlier coordinators of this run, which have ended, left running for rounds that are over."""
     step = next_step(journal, journal.recipe())
     current = f"round:{step.round}" if step else ""
-    with connect() as client:
+    with connected() as client:
         ours = find_runs(client, run_tag(journal.record().nonce))
         alive = {training_tag(r.id) for r in ours if "training" in r.tags} - {training_tag(runtime.flow_run.id)}
         rounds = [r for r in ours if any(tag.startswith("round:") for tag in r.tags)]
@@ -153,7 +156,7 @@ def wait_for_sites(journal: Journal, federation: Federation) -> None:
     log = get_run_logger()
     until = time.monotonic() + journal.recipe().wait_for_sites.total_seconds()
     told: set[str] = set()
-    with connect() as client:
+    with connected() as client:
         while (absent := absent_sites(client, federation, journal.sites())) and time.monotonic() < until:
             for site in sorted(absent.keys() - told):
                 log.info("waiting for %s: %s", site, absent[site])

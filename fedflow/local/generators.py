@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["generators", "seed_torch", "set_generators"]
+__all__ = ["generators", "seed_all", "seed_torch", "set_generators"]
 
 
 def generators() -> dict[str, Any]:
@@ -31,6 +31,13 @@ def set_generators(states: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state_all(states["cuda"])
     np.random.set_state(states["numpy"])
     random.setstate(states["python"])
+
+
+def seed_all(number: int) -> None:
+    """All of them from one number."""
+    seed_torch(number)
+    random.seed(number)
+    np.random.seed(number % 2**32)
 
 
 def seed_torch(seed: int) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import BuiltinFunctionType, FunctionType, NoneType
 from typing import Any
 
 import torch
@@ -14,9 +18,10 @@ from torch import Tensor, nn
 from fedflow.errors import CheckpointError, ResolveError, field_error
 from fedflow.local.generators import seed_torch
 from fedflow.registry import call, resolve
+from fedflow.tensors import Packed, Stored
 from fedflow.types import Groups, TensorSpec, derive_seed, spec_of
 
-__all__ = ["build_model", "load_checkpoint", "load_groups", "model_groups", "with_aliases"]
+__all__ = ["Copies", "NoModel", "build_model", "load_checkpoint", "load_groups", "model_groups", "with_aliases"]
 
 
 def build_model(path: str, args: Mapping[str, Any], *, seed: int = 0, **resolution: Any) -> nn.Module:
@@ -35,6 +40,10 @@ def build_model(path: str, args: Mapping[str, Any], *, seed: int = 0, **resoluti
     return model
 
 
+class NoModel(nn.Module):
+    """The model of a run that trains nothing: without tensors."""
+
+
 def model_groups(model: nn.Module) -> dict[str, dict[str, Tensor]]:
     """The model's tensors (not copied) as "params" (trainable), "frozen" (requires_grad False) and "buffers" (persistent).
 
@@ -43,10 +52,9 @@ def model_groups(model: nn.Module) -> dict[str, dict[str, Tensor]]:
     groups: dict[str, dict[str, Tensor]] = {"params": {}, "frozen": {}, "buffers": {}}
     for name, parameter in model.named_parameters():
         groups["params" if parameter.requires_grad else "frozen"][name] = parameter.detach()
-    persistent = model.state_dict().keys()
-    for name, buffer in model.named_buffers():
-        if name in persistent:
-            groups["buffers"][name] = buffer.detach()
+    if buffers := dict(model.named_buffers()):
+        persistent = model.state_dict().keys()
+        groups["buffers"] = {name: buffer.detach() for name, buffer in buffers.items() if name in persistent}
     return groups
 
 
@@ -54,6 +62,16 @@ def load_groups(model: nn.Module, groups: Groups) -> None:
     """Copy `groups` into the model. Raises CheckpointError listing every name or shape that does not fit; then the model
     is unchanged."""
     own = {name: tensor for tensors in model_groups(model).values() for name, tensor in tensors.items()}
+    there = {
+        name: tensor
+        for tensors in groups.values()
+        if type(tensors) in (dict, Packed)
+        for name, tensor in tensors.items()
+    }
+    if own.keys() == there.keys() and all(_alike(own[name], t) for name, t in there.items()):
+        with torch.no_grad():
+            torch._foreach_copy_(list(own.values()), [there[name] for name in own])
+        return
     given = {name: spec for specs in spec_of(groups).values() for name, spec in specs.items()}
     problems = _differences(spec_of({"": own})[""], given)
     if problems:
@@ -62,8 +80,15 @@ def load_groups(model: nn.Module, groups: Groups) -> None:
         )
     with torch.no_grad():
         for tensors in groups.values():
+            if isinstance(tensors, Stored):
+                tensors.read_into(own)
+                continue
             for name in tensors:
-                own[name].copy_(tensors[name])  # one at a time: they may be read from a store
+                own[name].copy_(tensors[name])
+
+
+def _alike(own: Tensor, given: Tensor) -> bool:
+    return own.shape == given.shape and own.dtype == given.dtype
 
 
 def mismatches(own: Mapping[str, Tensor], given: Mapping[str, Tensor], most: int = 8) -> list[str]:
@@ -93,6 +118,63 @@ def with_aliases(names: Iterable[str], tensors: Mapping[str, Tensor]) -> dict[st
         if dot and name not in tensors and head + rest in found:
             found[name] = found.pop(head + rest)
     return found
+
+
+_SMALL = 32 << 20  # bytes of a module of which a copy is kept, from which the others are made
+
+
+class Copies:
+    """Makes modules as `build` does: small ones as copies of the first, before anything was done to it."""
+
+    def __init__(self, build: Callable[[], nn.Module]) -> None:
+        self._build = build
+        self._first: nn.Module | None = None
+        self._copied = False
+
+    def __call__(self) -> nn.Module:
+        if self._first is not None:
+            return _copied(self._first, {})
+        module = self._build()
+        size = sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
+        if not self._copied and size <= _SMALL:
+            self._copied = True
+            with contextlib.suppress(Exception):  # what cannot be copied is built again
+                self._first = copy.deepcopy(module)
+        return module
+
+
+_VALUES = {NoneType, bool, int, float, str, bytes, FunctionType, BuiltinFunctionType, type, torch.dtype, torch.device}
+
+
+def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """`copy.deepcopy(module, memo)`, which takes longer than a small model's training: most of a module are empty mappings."""
+    if id(module) in memo:
+        found: nn.Module = memo[id(module)]
+        return found
+    kind = type(module)
+    if any(getattr(kind, name, None) is not getattr(nn.Module, name, None) for name in _OWN_WAYS):
+        return copy.deepcopy(module, memo)
+    new = memo[id(module)] = kind.__new__(kind)
+    for name, value in vars(module).items():
+        if name in _PARTS:
+            new.__dict__[name] = type(value)((n, _copied_value(v, memo)) for n, v in value.items())
+        else:
+            new.__dict__[name] = _copied_value(value, memo)
+    return new
+
+
+_PARTS = {"_modules", "_parameters", "_buffers"}
+_OWN_WAYS = ("__deepcopy__", "__reduce_ex__", "__reduce__", "__getstate__", "__setstate__", "__slots__")
+
+
+def _copied_value(value: Any, memo: dict[int, Any]) -> Any:
+    kind = type(value)
+    if kind in _VALUES:
+        return value
+    if kind in (dict, OrderedDict, set) and not value and id(value) not in memo:
+        memo[id(value)] = kind()
+        return memo[id(value)]
+    return _copied(value, memo) if isinstance(value, nn.Module) else copy.deepcopy(value, memo)
 
 
 def load_checkpoint(model: nn.Module, source: str) -> None:

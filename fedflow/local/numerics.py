@@ -5,18 +5,34 @@ from __future__ import annotations
 import os
 import platform
 import random
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from fedflow.errors import RecipeError, field_error
-from fedflow.local.generators import seed_torch
+from fedflow.local.generators import seed_all
 from fedflow.recipe import Numerics
 
-__all__ = ["applied", "recorded"]
+__all__ = ["applied", "own_generators", "recorded", "wants_channels_last"]
+
+_COMPILER = "TORCHINDUCTOR_DETERMINISTIC"
+
+
+class _Own:
+    generators = False
+
+
+def own_generators() -> None:
+    """From now on the random generators of this process are the trainings': each sets them, and leaves them where they then are.
+
+    For processes that do nothing but train; to have numpy's state said and set takes longer than a step of a small model.
+    """
+    _Own.generators = True
 
 
 @contextmanager
@@ -28,23 +44,59 @@ def applied(numerics: Numerics, seed: int) -> Iterator[None]:
             field_error("numerics.device", numerics.device, "a device of this machine", "set numerics.device: cpu")
         )
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with it
-    threads, strict = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    only_warn = torch.is_deterministic_algorithms_warn_only_enabled()
+    threads = torch.get_num_threads()
+    with _generators(numerics), _strict(numerics.deterministic == "bitwise"):
+        try:
+            torch.set_num_threads(numerics.threads)
+            seed_all(seed)
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
+
+@contextmanager
+def _strict(wanted: bool) -> Iterator[None]:
+    """Whether an operation that is not deterministic is an error."""
+    before, told = torch.get_deterministic_debug_mode(), os.environ.get(_COMPILER)
+    try:
+        _insist(2 if wanted else 0)
+        if wanted:
+            os.environ[_COMPILER] = "1"  # read when the compiler is imported
+        yield
+    finally:
+        os.environ.pop(_COMPILER, None)
+        if told is not None:
+            os.environ[_COMPILER] = told
+        _insist(before)
+
+
+def _insist(strictness: int) -> None:
+    """As `torch.use_deterministic_algorithms`, which would import the compiler, a second's work, only to tell it."""
+    if "torch._inductor.config" in sys.modules:
+        torch.use_deterministic_algorithms(strictness > 0, warn_only=strictness == 1)
+    else:
+        torch.set_deterministic_debug_mode(strictness)
+
+
+@contextmanager
+def _generators(numerics: Numerics) -> Iterator[None]:
+    """Every random generator as it was, afterwards."""
+    if _Own.generators:
+        yield
+        return
     python_state, numpy_state = random.getstate(), np.random.get_state()
     devices = list(range(torch.cuda.device_count())) if numerics.device == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         try:
-            torch.set_num_threads(numerics.threads)
-            torch.use_deterministic_algorithms(numerics.deterministic == "bitwise")
-            seed_torch(seed)
-            random.seed(seed)
-            np.random.seed(seed % 2**32)
             yield
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)
-            torch.use_deterministic_algorithms(strict, warn_only=only_warn)
-            torch.set_num_threads(threads)
+
+
+def wants_channels_last(numerics: Numerics, model: nn.Module) -> bool:
+    """Whether `model` is quicker with its channels innermost, and its bits may be others."""
+    return numerics.deterministic == "fast" and any(isinstance(module, nn.Conv2d) for module in model.modules())
 
 
 def recorded(numerics: Numerics) -> dict[str, Any]:

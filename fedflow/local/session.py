@@ -27,14 +27,16 @@ from fedflow.errors import SiteError, TrainingInvalid, field_error
 from fedflow.local.correction import Corrector
 from fedflow.local.data import DataView, GeneratedStream, Stream
 from fedflow.local.model import model_groups
+from fedflow.local.optimizers import SGD, Plain
 from fedflow.local.state import Memory, Preserved
 
-__all__ = ["EnoughSteps", "Session", "current"]
+__all__ = ["EnoughSteps", "Session", "current", "warn_of_momentum"]
 
 log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int | None], None]
 S = TypeVar("S", bound=Stream)
+AnyOptimizer = Optimizer | Plain
 
 _PATIENCE = 1000  # times that data may end without a step in between: epochs that are left over, or a loop without end
 
@@ -77,11 +79,12 @@ class Session:
         self.done, self.lr_sum = 0, 0.0
         self._hooks = hooks
         self.correction, self.merge, self.stopped = correction, merge, False
+        self.numerics: dict[str, Any] = {}  # what decided the bits besides the recipe's numerics
         self._corrector = Corrector(model, correction) if correction else None
-        self._names = {id(p): name for name, p in model.named_parameters()}
         self._parameters = dict(model.named_parameters())
+        self._names = {id(p): name for name, p in self._parameters.items()}
         self._trainable = {name: p.requires_grad for name, p in self._parameters.items()}
-        self._optimizer: Optimizer | None = None
+        self._optimizer: AnyOptimizer | None = None
         self._rate, self._rates = 0.0, dict[int, float]()
         self._stepped: tuple[list[int], set[int]] = ([], set())
         self._corrected = self._stepping = self._manual = False
@@ -159,7 +162,7 @@ class Session:
             self._preserved.note_generators()
 
     # -- at every step
-    def before_step(self, optimizer: Optimizer, args: Any = (), kwargs: Any = None) -> Any:
+    def before_step(self, optimizer: AnyOptimizer, args: Any = (), kwargs: Any = None) -> Any:
         """Before `optimizer.step(*args, **kwargs)`; returns the arguments to use instead, or None."""
         if optimizer is not self._optimizer:
             self._adopt(optimizer)
@@ -167,7 +170,8 @@ class Session:
             self.stopped = True
             raise EnoughSteps(self)
         self._stepping = True
-        self._check_trainable()
+        if self._hooks:
+            self._check_trainable()
         if self._preserved is not None:
             self._preserved.restore(optimizer)
         self._rate = float(optimizer.param_groups[0]["lr"])
@@ -182,7 +186,7 @@ class Session:
         self.correct_gradients(optimizer)
         return None
 
-    def correct_gradients(self, optimizer: Optimizer, *, again: bool = False) -> None:
+    def correct_gradients(self, optimizer: AnyOptimizer, *, again: bool = False) -> None:
         """Add the correction to the gradients now (a loop's place before its clipping); the step will not add it again.
 
         again: also if the last ones that were corrected were never stepped (a loss scaler skipped them)
@@ -194,7 +198,7 @@ class Session:
             self._corrector.before_step(self._stepped[1], getattr(optimizer, "grad_scale", None))
             self._corrected = True
 
-    def after_step(self, optimizer: Optimizer) -> None:
+    def after_step(self, optimizer: AnyOptimizer) -> None:
         """After `optimizer.step()`; nothing where it is over already: a subclass's step around its parent's is one."""
         if not self._stepping:
             return
@@ -237,10 +241,10 @@ class Session:
             self._take_in()
         for stream in self._streams:
             stream.commit()
-        if self.done == self.planned:
+        if self.done == self.planned and self._hooks:  # a loop of our own reads no batch more
             self._buffers = {n: b.clone() for n, b in model_groups(self.model)["buffers"].items()}
-            if self._preserved is not None:
-                self._preserved.note_generators()
+        if self.done == self.planned and self._preserved is not None:
+            self._preserved.note_generators()
         self.on_step(self.done, self.planned)
 
     @torch.no_grad()
@@ -248,14 +252,14 @@ class Session:
         for name, value in self.merge.into({n: self._parameters[n].cpu() for n in self.merge.values}).items():
             self._parameters[name].copy_(value)
 
-    def _closure(self, closure: Callable[[], Any], optimizer: Optimizer) -> Any:
+    def _closure(self, closure: Callable[[], Any], optimizer: AnyOptimizer) -> Any:
         with torch.enable_grad():
             loss = closure()
         self.correct_gradients(optimizer)
         return loss
 
     # -- what is not accepted
-    def _adopt(self, optimizer: Optimizer) -> None:
+    def _adopt(self, optimizer: AnyOptimizer) -> None:
         found = type(optimizer).__name__
         if self._manual:
             raise self._invalid(
@@ -280,23 +284,17 @@ class Session:
             self._check_sgd(optimizer)
         self._optimizer, self._stepped = optimizer, ([], set())
 
-    def _check_sgd(self, optimizer: Optimizer) -> None:
-        if not isinstance(optimizer, torch.optim.SGD):
+    def _check_sgd(self, optimizer: AnyOptimizer) -> None:
+        if not isinstance(optimizer, (torch.optim.SGD, SGD)):
             raise self._invalid(
                 "optimizer",
                 type(optimizer).__name__,
                 "SGD, for which this algorithm's correction holds",
                 "use torch.optim.SGD, or set allow_adaptive: true in the algorithm",
             )
-        momentum = max(group["momentum"] for group in optimizer.param_groups)
-        if momentum:
-            log.warning(
-                "the correction assumes plain SGD; with momentum %g its estimate inflates by up to %g",
-                momentum,
-                1 / (1 - momentum),
-            )
+        warn_of_momentum(max(group["momentum"] for group in optimizer.param_groups))
 
-    def _check_rates(self, optimizer: Optimizer) -> None:
+    def _check_rates(self, optimizer: AnyOptimizer) -> None:
         if self.correction and self.correction.assumes_sgd and len(optimizer.param_groups) > 1:
             rates = sorted({float(group["lr"]) for group in optimizer.param_groups})
             if len(rates) > 1:
@@ -382,8 +380,20 @@ class Session:
 
     # -- afterwards
     def groups(self) -> dict[str, dict[str, Tensor]]:
-        """The model's tensors by group, on the CPU."""
-        return {g: {n: t.cpu() for n, t in tensors.items()} for g, tensors in model_groups(self.model).items()}
+        """The model's tensors by group, on the CPU, in the ordinary layout."""
+        return {
+            g: {n: t.cpu().contiguous() for n, t in tensors.items()} for g, tensors in model_groups(self.model).items()
+        }
+
+
+def warn_of_momentum(momentum: float) -> None:
+    """Of a correction that assumes plain SGD."""
+    if momentum:
+        log.warning(
+            "the correction assumes plain SGD; with momentum %g its estimate inflates by up to %g",
+            momentum,
+            1 / (1 - momentum),
+        )
 
 
 def current() -> Session | None:

@@ -22,6 +22,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from fedflow.errors import SiteError
 from fedflow.local.generators import generators, set_generators
+from fedflow.local.optimizers import Plain
 from fedflow.types import Tensors, canonical_json
 
 __all__ = ["Memory", "Preserved", "TrainingState", "decode", "encode", "join", "schedulers_of", "split"]
@@ -122,7 +123,7 @@ class Preserved:
         """The generators as the last step left them: what comes after belongs to no step."""
         self._generators = generators()
 
-    def restore(self, optimizer: Optimizer) -> None:
+    def restore(self, optimizer: Optimizer | Plain) -> None:
         """Before the first step, once: optimizer and schedulers as they were kept, or fresh with the reason."""
         if self._restored:
             return
@@ -139,19 +140,19 @@ class Preserved:
         if reason is not None:
             self._memory.fresh(reason)
 
-    def _load(self, optimizer: Optimizer) -> None:
+    def _load(self, optimizer: Optimizer | Plain) -> None:
         optimizer.load_state_dict(self._kept["optimizer"])
         for scheduler, state in zip(self._all_tracked(), self._kept["schedulers"], strict=True):
             scheduler.load_state_dict(state)
 
-    def _misfit(self, optimizer: Optimizer) -> str | None:
+    def _misfit(self, optimizer: Optimizer | Plain) -> str | None:
         kept, now = self._kept["fingerprint"], self._fingerprint(optimizer)
         for field in ("optimizer", "schedulers", "groups"):
             if kept[field] != now[field]:
                 return f"{field}: found {_difference(now[field], kept[field])}"
         return None
 
-    def _fingerprint(self, optimizer: Optimizer) -> dict[str, Any]:
+    def _fingerprint(self, optimizer: Optimizer | Plain) -> dict[str, Any]:
         groups = [
             [[self._names.get(id(p), "?"), list(p.shape), str(p.dtype)] for p in group["params"]]
             for group in optimizer.param_groups
@@ -162,7 +163,7 @@ class Preserved:
     def _all_tracked(self) -> list[Any]:
         return [*self._schedulers, *(t for t in self._tracked if all(t is not s for s in self._schedulers))]
 
-    def capture(self, optimizer: Optimizer | None, places: list[Any]) -> None:
+    def capture(self, optimizer: Optimizer | Plain | None, places: list[Any]) -> None:
         """Leave the state after the training in the memory."""
         if optimizer is None:
             raise SiteError(
@@ -180,8 +181,10 @@ class Preserved:
         self._memory.after = encode(tree)
 
 
-def schedulers_of(optimizer: Optimizer) -> list[LRScheduler]:
+def schedulers_of(optimizer: Optimizer | Plain) -> list[LRScheduler]:
     """The schedulers that refer to `optimizer`, or to a wrapper of it, by name; parts of other schedulers are left out."""
+    if isinstance(optimizer, Plain):  # of a loop of our own, which has none
+        return []
     optimizers: list[Optimizer] = [optimizer]
     found: list[LRScheduler] = []
     for known in optimizers:
@@ -236,7 +239,8 @@ def _encode(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
     if kind is float:
         return value if math.isfinite(value) else {"float": repr(value)}
     if isinstance(value, Tensor):
-        return _named("tensor", path, value.detach().cpu().clone(), tensors)
+        plain = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        return _named("tensor", path, plain, tensors)
     if isinstance(value, (np.ndarray, np.generic)):
         array = np.array(value)
         return _named("array" if isinstance(value, np.ndarray) else "scalar", path, torch.from_numpy(array), tensors)

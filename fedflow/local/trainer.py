@@ -5,23 +5,25 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from fedflow.algorithm import NO_CORRECTION, NO_MERGE, Correction, LocalResult, Merge
+from fedflow.algorithm import NO_CORRECTION, NO_MERGE, Correction, Evaluated, LocalResult, Merge
 from fedflow.errors import SiteError, TrainingInvalid
 from fedflow.local import numerics
 from fedflow.local.generators import generators, set_generators
 from fedflow.local.model import load_groups
 from fedflow.local.session import Session
 from fedflow.local.state import Memory
+from fedflow.local.workload import evaluated_examples, evaluates
 from fedflow.recipe import LocalTraining, Numerics
 from fedflow.tensors import model_digest
 from fedflow.types import MODEL_GROUPS, Groups, RoundContext, Tensors
 
-__all__ = ["Request", "SessionTrainer", "Trainer", "place_of"]
+__all__ = ["Request", "SessionTrainer", "Trainer", "mapped", "place_of"]
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,8 @@ class Trainer(ABC):
             raise SiteError("the workload has no examples; give this site data or leave it out", **place_of(ctx))
         planned = ctx.overrides.get("steps", steps or self.settings.steps)
         result = self.perform(broadcast, Request(ctx, correction, planned, self.memory if preserve else None, merge))
-        if model_digest(result.frozen) != model_digest(broadcast["frozen"]):
+        frozen = broadcast["frozen"]
+        if (frozen or result.frozen) and model_digest(result.frozen) != model_digest(frozen):
             raise SiteError(
                 "frozen parameters were changed by the training; mark them trainable, or leave them alone",
                 **place_of(ctx),
@@ -90,6 +93,20 @@ class Trainer(ABC):
         """Raises SiteError: only a workload with a loss can be asked."""
         raise self._cannot("the loss over all of its data", ctx)
 
+    def evaluate(self, broadcast: Groups, ctx: RoundContext) -> Evaluated:
+        """Metrics of `broadcast` by the workload's `evaluate`. Raises SiteError where it has nothing to evaluate on."""
+        examples = evaluated_examples(self.workload)
+        if not evaluates(self.workload) or examples < 1:
+            raise TrainingInvalid(
+                f"{type(self.workload).__name__}: found nothing to evaluate on, expected evaluate(model) and held-out examples; "
+                "give it some, or leave this site out",
+                **place_of(ctx),
+            )
+        model = self.load_model(broadcast).eval()
+        with numerics.applied(self.numerics, ctx.seed), torch.no_grad():
+            metrics = {name: float(value) for name, value in self.workload.evaluate(model).items()}
+        return Evaluated(metrics, examples, numerics.recorded(self.numerics))
+
     def _cannot(self, what: str, ctx: RoundContext) -> SiteError:
         return TrainingInvalid(
             f"{type(self.workload).__name__} cannot be asked for {what}, which the algorithm needs; use a TorchWorkload, or "
@@ -102,20 +119,21 @@ class Trainer(ABC):
         with torch.random.fork_rng(devices=[]):
             model = self.model()
         load_groups(model, {group: broadcast[group] for group in MODEL_GROUPS})
-        return model.to(self.numerics.device)
+        device = self.numerics.device
+        there = all(t.device.type == device for t in chain(model.parameters(), model.buffers()))
+        return model if there else model.to(device)
 
     def evaluation(self, model: nn.Module, when: Literal["before", "after"]) -> dict[str, float]:
         """The workload's metrics of `model`, where the settings want them; no random draw of the training depends on it.
 
         Those of the received model have "before." in front.
         """
-        evaluate = getattr(self.workload, "evaluate", None)
-        if evaluate is None or self.settings.evaluate not in (when, "both"):
+        if self.settings.evaluate not in (when, "both") or not evaluates(self.workload):
             return {}
         states, training = generators(), model.training
         model.eval()
         with torch.no_grad():
-            found = {name: float(value) for name, value in evaluate(model).items()}
+            found = {name: float(value) for name, value in self.workload.evaluate(model).items()}
         model.train(training)
         set_generators(states)
         return {f"before.{name}": value for name, value in found.items()} if when == "before" else found
@@ -124,13 +142,7 @@ class Trainer(ABC):
         """The batch's tensors, in tuples, lists and mappings too, where the model is."""
         if self.numerics.device == "cpu":
             return batch
-        if isinstance(batch, Tensor):
-            return batch.to(self.numerics.device)
-        if isinstance(batch, (tuple, list)):
-            return type(batch)(self.to_device(part) for part in batch)
-        if isinstance(batch, Mapping):
-            return {name: self.to_device(part) for name, part in batch.items()}
-        return batch
+        return mapped(lambda tensor: tensor.to(self.numerics.device), batch)
 
 
 class SessionTrainer(Trainer):
@@ -167,8 +179,20 @@ class SessionTrainer(Trainer):
             steps=session.done,
             lr_sum=session.lr_sum,
             metrics=metrics,
-            numerics=numerics.recorded(self.numerics),
+            numerics=numerics.recorded(self.numerics) | session.numerics,
         )
+
+
+def mapped(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
+    """`batch` with `function` of each of its tensors, in tuples, lists and mappings too."""
+    if isinstance(batch, Tensor):
+        return function(batch)
+    if isinstance(batch, (tuple, list)):
+        parts = [mapped(function, part) for part in batch]
+        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+    if isinstance(batch, Mapping):
+        return {name: mapped(function, part) for name, part in batch.items()}
+    return batch
 
 
 def place_of(ctx: RoundContext) -> dict[str, Any]:

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import logging
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fedflow.algorithm import Training
+from fedflow.algorithm import LocalResult, Training
 from fedflow.local import numerics
+from fedflow.local.optimizers import make_optimizer
 from fedflow.local.session import Session
-from fedflow.local.trainer import Request, SessionTrainer
+from fedflow.local.trainer import Request, SessionTrainer, mapped
 from fedflow.local.workload import Setup, TorchWorkload, is_adapted
-from fedflow.recipe import Optimizer
 from fedflow.types import Groups, RoundContext, Tensors, derive_seed
 
-__all__ = ["LocalTrainer", "training_of"]
+__all__ = ["LocalTrainer", "batches_of", "training_of"]
+
+log = logging.getLogger(__name__)
+
+_ORDINARY = set[type[nn.Module]]()
+
+
+class _OrdinaryLayout(Exception):
+    """A model, by its type, cannot be trained in another one."""
 
 
 def training_of(workload: Any, setup: Setup) -> Training:
@@ -32,29 +41,49 @@ class LocalTrainer(SessionTrainer):
     workload: TorchWorkload
     hooks = False
 
+    def perform(self, broadcast: Groups, request: Request) -> LocalResult:
+        try:
+            return super().perform(broadcast, request)
+        except _OrdinaryLayout as refused:
+            _ORDINARY.add(refused.args[0])
+            log.info("%s takes views that need the ordinary layout: it is trained without channels_last", *refused.args)
+            return super().perform(broadcast, request)
+
     def run(self, session: Session, request: Request) -> dict[str, float]:
+        model = session.model
+        if type(model) in _ORDINARY or not numerics.wants_channels_last(self.numerics, model):
+            return self._loop(session, request, lambda batch: batch)
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        session.numerics["memory_format"] = "channels_last"
+        try:
+            return self._loop(session, request, _channels_last)
+        except RuntimeError as error:
+            if "view size is not compatible" in str(error):
+                raise _OrdinaryLayout(type(model)) from error
+            raise
+
+    def _loop(self, session: Session, request: Request, laid_out: Callable[[Any], Any]) -> dict[str, float]:
         model, clip = session.model, self.settings.clip_norm
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = make_optimizer(self.settings.optimizer, parameters)
         model.train()
-        losses = 0.0
+        losses: Any = 0.0
         for batch in self._batches(session, request.ctx.seed):
-            optimizer.zero_grad(set_to_none=True)
-            loss = self.workload.loss(model, self.to_device(batch))
+            optimizer.zero_grad()
+            loss = self.workload.loss(model, laid_out(self.to_device(batch)))
             loss.backward()  # type: ignore[no-untyped-call]
             session.before_step(optimizer)
             if clip is not None:
                 nn.utils.clip_grad_norm_(parameters, clip)
             optimizer.step()
-            losses += float(loss.detach())
+            losses += loss.detach().double() if loss.is_cuda else loss.item()  # a GPU is not waited for
             session.after_step(optimizer)
-        return {"loss": losses / session.done} if session.done else {}
+        return {"loss": float(losses) / session.done} if session.done else {}
 
     def _batches(self, session: Session, seed: int) -> Iterable[Any]:
         """Batches for exactly the steps planned, or for the epochs of the settings."""
-        generator = torch.Generator().manual_seed(derive_seed("data", seed))
         epochs = None if session.planned is not None else self.settings.epochs or 1
-        return session.stream(lambda: self.workload.batches(self.settings.batch_size, generator), generator, epochs)
+        return session.stream(*batches_of(self, seed), epochs)
 
     def gradient(self, broadcast: Groups, ctx: RoundContext) -> Tensors:
         """The gradient of the mean loss over all data at `broadcast`, in eval mode."""
@@ -87,11 +116,15 @@ class LocalTrainer(SessionTrainer):
             yield size / len(self.workload), self.workload.loss(model, self.to_device(batch))
 
 
-def make_optimizer(spec: Optimizer, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """The torch optimizer that `spec` describes."""
-    if spec.kind == "sgd":
-        return torch.optim.SGD(
-            parameters, lr=spec.lr, momentum=spec.momentum, nesterov=spec.nesterov, weight_decay=spec.weight_decay
-        )
-    adam: type[torch.optim.Adam] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[spec.kind]
-    return adam(parameters, lr=spec.lr, betas=spec.betas, weight_decay=spec.weight_decay)
+def batches_of(trainer: LocalTrainer, seed: int) -> tuple[Callable[[], Iterable[Any]], torch.Generator]:
+    """What makes an epoch of the workload's batches, and the generator that shuffles them in a training with `seed`."""
+    generator = torch.Generator().manual_seed(derive_seed("data", seed))
+    return lambda: trainer.workload.batches(trainer.settings.batch_size, generator), generator
+
+
+def _channels_last(batch: Any) -> Any:
+    """The batch's images, (N, C, H, W), with the channels innermost; in tuples, lists and mappings too."""
+    return mapped(
+        lambda t: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 and t.is_floating_point() else t,
+        batch,
+    )

@@ -22,6 +22,8 @@ __all__ = [
     "TorchWorkload",
     "check_evaluator",
     "check_workload",
+    "evaluated_examples",
+    "evaluates",
     "is_adapted",
 ]
 
@@ -80,7 +82,10 @@ class TorchWorkload(ABC):
         """The mean loss of one batch: a scalar that can be differentiated."""
 
     def evaluate(self, model: nn.Module) -> Mapping[str, float]:
-        """Metrics of `model` (in eval mode, no gradients) on this site's evaluation data; none by default."""
+        """Metrics of `model` (in eval mode, no gradients) on this site's evaluation data; none by default.
+
+        Where they are means over other examples than the training's, a property `evaluated` says over how many.
+        """
         return {}
 
 
@@ -110,7 +115,21 @@ class TensorWorkload(TorchWorkload):
 
     def batches(self, batch_size: int, generator: torch.Generator) -> Iterable[tuple[Tensor, Tensor]]:
         for rows in torch.split(torch.randperm(len(self.inputs), generator=generator), batch_size):
-            yield self.inputs[rows], self.targets[rows]
+            yield self.inputs.index_select(0, rows), self.targets.index_select(0, rows)
+
+    def padded(self, batch: tuple[Tensor, Tensor], rows: int) -> tuple[Tensor, Tensor] | None:
+        """`batch` with so many rows and the same loss, if the model treats rows apart; None where the loss is not known to have that.
+
+        Sites that are trained together can take steps on batches of different sizes at once with it.
+        """
+        if self._loss is not nn.functional.cross_entropy or type(self).loss is not TensorWorkload.loss:
+            return None
+        inputs, targets = batch
+        if targets.dim() != 1 or targets.is_floating_point():
+            return None
+        more = rows - len(targets)
+        ignored = targets.new_full((more,), -100)  # cross entropy's ignore_index
+        return torch.cat([inputs, inputs[:1].expand(more, *inputs.shape[1:])]), torch.cat([targets, ignored])
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         inputs, targets = batch
@@ -123,8 +142,27 @@ class TensorWorkload(TorchWorkload):
         output = model(inputs)
         return {
             "loss": float(self._loss(output, targets)),
-            "accuracy": float((output.argmax(dim=1) == targets).float().mean()),
+            "accuracy": float((output.argmax(dim=1) == targets).double().mean()),
         }
+
+    @property
+    def evaluated(self) -> int:
+        """Examples that are held out."""
+        return 0 if self.held_out is None else len(self.held_out[0])
+
+
+def evaluates(workload: Any) -> bool:
+    """Whether `workload.evaluate` is there and has something to evaluate on."""
+    own = getattr(type(workload), "evaluate", None)
+    if own is TensorWorkload.evaluate:
+        return workload.held_out is not None
+    return own is not TorchWorkload.evaluate and callable(getattr(workload, "evaluate", None))
+
+
+def evaluated_examples(workload: Any) -> int:
+    """How many examples `workload.evaluate` takes means over: what it says as `evaluated`, else those that it trains on."""
+    said = getattr(workload, "evaluated", None)
+    return len(workload) if said is None else int(said)
 
 
 def check_workload(found: Any, field: str) -> Any:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import re
+import socket
+import time
 from collections.abc import Iterable, Iterator
-from datetime import timedelta
+from dataclasses import dataclass
+from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
 import httpx
+import prefect
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import (
     FlowRunFilter,
@@ -21,6 +27,7 @@ from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.states import Cancelled, Cancelling
 
+from fedflow import __version__
 from fedflow.errors import UnreachableError
 from fedflow.recipe import Federation
 from fedflow.store.records import utc_now
@@ -29,13 +36,17 @@ from fedflow.types import SiteId
 __all__ = [
     "ACTIVE",
     "OUTAGE",
+    "Taker",
     "absence",
     "absent_sites",
     "cancel",
     "connect",
+    "connected",
     "find_runs",
+    "presence",
     "read_runs",
     "run_tag",
+    "taker",
     "training_tag",
 ]
 
@@ -45,6 +56,43 @@ OUTAGE = (httpx.HTTPError, OSError)
 
 WORKER_SILENCE = timedelta(seconds=95)
 """A worker that was silent for so long is offline: three of its heartbeats of 30 s, as the server counts."""
+
+
+_CLAIM = re.compile(r"taken on (?P<host>\S+) by fedflow (?P<fedflow>\S+), Prefect (?P<prefect>\S+)")
+
+
+@dataclass(frozen=True)
+class Taker:
+    """Who took a flow run: its machine, and the versions there. A worker says so in the state that it proposes."""
+
+    host: str
+    fedflow: str
+    prefect: str
+
+    @classmethod
+    def here(cls) -> Taker:
+        """This process."""
+        return cls(socket.gethostname(), __version__, prefect.__version__)
+
+    @classmethod
+    def among(cls, states: Iterable[State[Any]]) -> Taker | None:
+        """Who took a flow run with these states last; None where none of fedflow's workers did."""
+        found = [match for state in states if (match := _CLAIM.match(state.message or ""))]
+        return cls(**found[-1].groupdict()) if found else None
+
+    def __str__(self) -> str:
+        return f"taken on {self.host} by fedflow {self.fedflow}, Prefect {self.prefect}"
+
+    def differs(self) -> str | None:
+        """What is to be said where this process has another fedflow; None where it has the same."""
+        if self.fedflow == __version__:
+            return None
+        return f"found fedflow {self.fedflow} there and {__version__} here, expected one version everywhere; install the same"
+
+
+def taker(client: SyncPrefectClient, run: FlowRun) -> Taker | None:
+    """Who took that flow run; None where none of fedflow's workers did."""
+    return Taker.among(client.read_flow_run_states(run.id))
 
 
 def run_tag(nonce: str) -> str:
@@ -73,6 +121,13 @@ def connect(api_url: str | None = None, *, auth: str | None = None) -> Iterator[
             raise UnreachableError(
                 f"Prefect API: found the answer {code} at {where}, expected access; {fix}"
             ) from refusal
+        yield client
+
+
+@contextlib.contextmanager
+def connected() -> Iterator[SyncPrefectClient]:
+    """The client of the flow that runs here; whether the API answers, the next request shows."""
+    with get_client(sync_client=True) as client:
         yield client
 
 
@@ -118,22 +173,38 @@ def absent_sites(client: SyncPrefectClient, federation: Federation, sites: Itera
     """Site -> why it cannot be asked: no pool, or no worker of it seen lately. sites: others that the run knows."""
     absent = dict.fromkeys(set(sites) - set(federation.names), "not in the federation any more")
     for site in federation.sites:
+        pool = (str(client.api_url), site.work_pool)
+        if time.monotonic() - _present.get(pool, -math.inf) < FRESH:
+            continue
         if why := absence(client, site.work_pool):
             absent[site.name] = why
+        else:
+            _present[pool] = time.monotonic()
     return absent
+
+
+FRESH = 10.0  # seconds for which a worker that was there is taken to be there
+_present: dict[tuple[str, str], float] = {}
+"""API and work pool -> when a worker of it was found there. Short rounds need not ask again and again."""
 
 
 def absence(client: SyncPrefectClient, pool: str) -> str | None:
     """Why nobody works on that pool; None where somebody does."""
+    return presence(client, pool)[1]
+
+
+def presence(client: SyncPrefectClient, pool: str) -> tuple[datetime | None, str | None]:
+    """When a worker of that pool was last seen, and why nobody works on it; None where somebody does."""
     try:
         workers = client.read_workers_for_work_pool(pool)
     except PrefectHTTPStatusError as error:  # the client makes no ObjectNotFound of this one
         if error.response.status_code != 404:
             raise
-        return f"no work pool {pool!r}"
+        return None, f"no work pool {pool!r}"
     seen = [w.last_heartbeat_time for w in workers if w.last_heartbeat_time is not None]
     if not seen:
-        return f"no worker on work pool {pool!r}"
-    if utc_now() - max(seen) > WORKER_SILENCE or all(str(w.status).endswith("OFFLINE") for w in workers):
-        return f"no worker on work pool {pool!r} since {max(seen):%Y-%m-%d %H:%M:%S} UTC"
-    return None
+        return None, f"no worker on work pool {pool!r}"
+    last = max(seen)
+    if utc_now() - last > WORKER_SILENCE or all(str(w.status).endswith("OFFLINE") for w in workers):
+        return last, f"no worker on work pool {pool!r} since {last:%Y-%m-%d %H:%M:%S} UTC"
+    return last, None

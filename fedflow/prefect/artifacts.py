@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from prefect import get_run_logger
@@ -15,11 +16,23 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 
-from fedflow.engine.summary import RoundSummary, RunSummary
+from fedflow.engine.summary import Glance, RoundSummary, RunSummary
 from fedflow.recipe import Recipe
 
-__all__ = ["Progress", "artifact_key", "publish_report", "publish_round", "shown_if_possible"]
+__all__ = [
+    "Progress",
+    "artifact_key",
+    "publish_report",
+    "publish_result",
+    "publish_round",
+    "publish_rounds",
+    "shown_if_possible",
+]
 
+SHOWN = 200
+"""Rounds that a report lists; of more the last ones. Blocks of a curve; of more values some are left out."""
+MOST_TEXT = 100_000
+"""Characters of a result that are shown."""
 COLUMNS = ("site", "counts", "weight", "steps", "seconds", "bytes", "attempt", "excluded because")
 
 
@@ -57,6 +70,37 @@ def publish_round(run: str, recipe: Recipe, summary: RoundSummary, asked: int) -
     )
 
 
+def publish_result(run: str, round: int, page: str, outline: Mapping[str, object]) -> None:
+    """What a round found that is no model: for people, then its values and the shapes of its arrays."""
+    text = json.dumps(outline, indent=1)
+    if len(text) > MOST_TEXT:
+        text = f"{text[:MOST_TEXT]}\n…"
+    create_markdown_artifact(
+        markdown=f"# {run}, round {round}\n\n{page}\n\n```json\n{text}\n```\n\nAll of it: `fedflow result {run} --out FILE`",
+        key=artifact_key(run, "result"),
+        description=f"What {run} found in round {round}",
+    )
+
+
+def publish_rounds(run: str, rounds: Sequence[Glance]) -> None:
+    """One row a round: metrics, sites, seconds, who was excluded."""
+    own = ("round", "sites", "seconds", "excluded")
+    names = dict.fromkeys(name for round in rounds for name in round.shown)
+    rows = [
+        {
+            "round": r.round,
+            **{f"metric {name}" if name in own else name: _number(r.shown.get(name)) for name in names},
+            "sites": r.sites,
+            "seconds": round(r.seconds, 2),
+            "excluded": ", ".join(r.excluded),
+        }
+        for r in rounds
+    ]
+    create_table_artifact(
+        table=rows, key=artifact_key(run, "rounds"), description=f"{run}: the {len(rounds)} rounds so far"
+    )
+
+
 def _column(metric: str) -> str:
     """A metric's name as a column, told apart from the table's own."""
     return f"metric {metric}" if metric in COLUMNS else metric
@@ -80,16 +124,20 @@ class Progress:
 
     def show(self, recipe: Recipe, done: int) -> None:
         """`done` rounds of the recipe's are committed."""
-        percent = 100.0 * done / recipe.rounds
         with shown_if_possible():
-            if self._artifact is not None:
-                update_progress_artifact(artifact_id=self._artifact, progress=percent)
-                return
-            self._artifact = create_progress_artifact(
-                progress=percent,
-                key=artifact_key(self.run, "progress"),
-                description=f"{self.run}: rounds committed, of {recipe.rounds}",
-            )
+            self.update(recipe, done)
+
+    def update(self, recipe: Recipe, done: int) -> None:
+        """The same; raises where the API does not take it."""
+        percent = 100.0 * done / recipe.rounds
+        if self._artifact is not None:
+            update_progress_artifact(artifact_id=self._artifact, progress=percent)
+            return
+        self._artifact = create_progress_artifact(
+            progress=percent,
+            key=artifact_key(self.run, "progress"),
+            description=f"{self.run}: rounds committed, of {recipe.rounds}",
+        )
 
 
 def publish_report(summary: RunSummary) -> None:
@@ -115,10 +163,12 @@ def report(summary: RunSummary) -> str:
     if summary.best is not None:
         lines += ["", f"Best {name}: **{_number(values[summary.best])}** in round {summary.best}."]
     lines += ["", f"| round | {name} | other metrics | sites | seconds | excluded |", "|---|---|---|---|---|---|"]
-    for r, value in zip(summary.rounds, values, strict=True):
+    for r, value in list(zip(summary.rounds, values, strict=True))[-SHOWN:]:
         others = _cell(", ".join(f"{n} {_number(v)}" for n, v in r.shown.items() if n != name))
         why = _cell("; ".join(f"{site}: {reason}" for site, reason in r.excluded.items()))
         lines.append(f"| {r.round} | {_number(value)} | {others} | {len(r.sites)} | {r.seconds:.1f} | {why} |")
+    if len(summary.rounds) > SHOWN:
+        lines += ["", f"The last {SHOWN} rounds; `fedflow metrics {summary.run}` has all of them."]
     return "\n".join([*lines, "", f"Model of the last round: `{summary.model_digest}`"])
 
 
@@ -129,8 +179,10 @@ def _cell(text: str) -> str:
 
 def sparkline(values: list[float | None]) -> str:
     """One block character a value, between the smallest and the largest; a dot where there is none."""
+    if len(values) > SHOWN:
+        values = [values[at * (len(values) - 1) // (SHOWN - 1)] for at in range(SHOWN)]
     known = [v for v in values if v is not None]
-    low, high = min(known), max(known)
+    low, high = (min(known), max(known)) if known else (0.0, 0.0)
     scale = 7 / (high - low) if high > low else 0.0
     return "".join("·" if v is None else "▁▂▃▄▅▆▇█"[round((v - low) * scale)] for v in values)
 

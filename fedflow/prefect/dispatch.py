@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
 import time
@@ -12,18 +13,30 @@ from uuid import UUID
 
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import FlowRun, StateType
-from prefect.deployments import run_deployment
-from prefect.exceptions import ObjectNotFound
+from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
+from prefect.runtime import flow_run
+from prefect.states import Pending
+from prefect.tasks import Task
 
-from fedflow.engine.rounds import Survey, close_round, is_quorate, may_close, survey
+from fedflow.engine.rounds import (
+    Survey,
+    close_round,
+    gave_up,
+    is_quorate,
+    may_close,
+    next_attempt,
+    no_update,
+    survey,
+)
 from fedflow.errors import SiteError, StoreUnavailable
-from fedflow.prefect.api import OUTAGE, cancel, read_runs, run_tag, training_tag
-from fedflow.recipe import MAX_BACKOFF, Recipe, backoff
+from fedflow.prefect.api import ACTIVE, OUTAGE, cancel, find_runs, read_runs, run_tag, taker, training_tag
+from fedflow.prefect.pace import Pace
+from fedflow.recipe import Recipe
 from fedflow.store.journal import Journal
 from fedflow.store.records import Attempt, Closing, Opening, Plan, utc_now
 from fedflow.types import SiteId
 
-__all__ = ["SITE_FLOW", "Collector", "send"]
+__all__ = ["SITE_FLOW", "Collector", "Origin", "Watched", "at_work", "send"]
 
 SITE_FLOW = "fedflow-site"
 """Name of the flow that runs at a site; each site has one deployment of it, named like the site."""
@@ -32,40 +45,95 @@ STORE_PATIENCE = timedelta(minutes=10)
 """How long after its deadline a round waits for a store that does not answer."""
 
 
-def send(journal: Journal, plan: Plan, opening: Opening, site: SiteId, attempt: int, *, training: str | None) -> UUID:
+def send(
+    client: SyncPrefectClient, journal: Journal, plan: Plan, opening: Opening, site: SiteId, attempt: int, of: Origin
+) -> UUID:
     """Have `site` start attempt `attempt`; its flow run's id. Journalled first, and sent once however often it is called."""
     key = f"{plan.nonce}/{plan.round}/{opening.number}/{plan.phase}/{site}/{attempt}"
-    wanted = Attempt(opening=opening.number, site=site, attempt=attempt, key=key, at=utc_now())
-    known = journal.put_attempt(plan, wanted) is not wanted
-    try:
-        run = run_deployment(
-            f"{SITE_FLOW}/{site}",
-            parameters={
-                "run": plan.run,
-                "round": plan.round,
-                "phase": plan.phase,
-                "opening": opening.number,
-                "attempt": attempt,
-                "site": site,
-            },
-            flow_run_name=f"{plan.run} · round {plan.round:03d} · {site}"
-            + (f" · attempt {attempt}" if attempt > 1 else ""),
-            tags=["fedflow", run_tag(plan.nonce), training_tag(training), f"round:{plan.round}", f"site:{site}"],
-            timeout=0,
-            idempotency_key=key,
-            as_subflow=not known,  # linking a run for the second time would leave a pending task run behind
-        )
-    except ObjectNotFound as error:
-        raise SiteError(
-            f"no deployment {SITE_FLOW}/{site}; run `fedflow deploy` with the federation file", site=site
-        ) from error
-    assert isinstance(run, FlowRun)  # called without a running event loop, it returns no coroutine
-    return run.id
+    journal.put_attempt(plan, Attempt(opening=opening.number, site=site, attempt=attempt, key=key, at=utc_now()))
+    parent = client.create_task_run(
+        _stand_in(site), of.round, key, name=f"{site}{_again(attempt)}", state=Pending(), task_inputs={}
+    )
+    for fresh in (False, True):
+        try:
+            run = client.create_flow_run_from_deployment(
+                _deployment(client, site, fresh),
+                parameters={
+                    "run": plan.run,
+                    "round": plan.round,
+                    "phase": plan.phase,
+                    "opening": opening.number,
+                    "attempt": attempt,
+                    "site": site,
+                },
+                name=f"{plan.run} · round {plan.round:03d} · {site}{_again(attempt)}",
+                tags=["fedflow", run_tag(plan.nonce), training_tag(of.training), f"round:{plan.round}", f"site:{site}"],
+                idempotency_key=key,
+                parent_task_run_id=parent.id,
+            )
+            return run.id
+        except PrefectHTTPStatusError as error:  # made anew, perhaps, since it was looked up
+            if fresh or error.response.status_code != 404:
+                raise
+    raise AssertionError
+
+
+def _again(attempt: int) -> str:
+    return f" · attempt {attempt}" if attempt > 1 else ""
+
+
+def _stand_in(site: SiteId) -> Task[..., None]:
+    """What stands for a site's flow run among the tasks of its round: so the UI shows it there, with its state."""
+    task = Task(name=f"{SITE_FLOW}/{site}", fn=lambda: None)
+    task.task_key = f"{SITE_FLOW}/{site}"
+    return task
+
+
+_deployments: dict[tuple[str, SiteId], UUID] = {}
+"""API and site -> its deployment, as it was looked up."""
+
+
+def _deployment(client: SyncPrefectClient, site: SiteId, fresh: bool) -> UUID:
+    """The site's deployment. Raises SiteError where it has none."""
+    key = (str(client.api_url), site)
+    if fresh or key not in _deployments:
+        try:
+            _deployments[key] = client.read_deployment_by_name(f"{SITE_FLOW}/{site}").id
+        except ObjectNotFound as error:
+            missing = f"no deployment {SITE_FLOW}/{site}; run `fedflow deploy` with the federation file"
+            raise SiteError(missing, site=site) from error
+    return _deployments[key]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Who sends: the flow runs of the round and of its training."""
+
+    round: UUID
+    training: str | None
+
+    @classmethod
+    def here(cls) -> Origin:
+        """Of the round that runs here."""
+        return cls(UUID(flow_run.id), flow_run.root_flow_run_id)
+
+
+def at_work(client: SyncPrefectClient, nonce: str, round: int) -> dict[SiteId, tuple[int, FlowRun]]:
+    """Sites that still make an update of a round before `round` -> that round, the newest, and the flow run."""
+    found: dict[SiteId, tuple[int, FlowRun]] = {}
+    for run in find_runs(client, run_tag(nonce), states=[s for s in ACTIVE if s != StateType.CANCELLING]):
+        tags = dict(tag.split(":", 1) for tag in run.tags if tag.startswith(("site:", "round:")))
+        if "site" in tags and (base := int(tags["round"])) < round and base >= found.get(tags["site"], (0, run))[0]:
+            found[tags["site"]] = base, run
+    return found
 
 
 @dataclass
 class Watched:
-    """One site's newest attempt. run: its flow run, None where there is none; again: when to send the next one; gone: why nothing more is expected of the site."""
+    """One site's newest attempt. run: its flow run, None where there is none; again: when to send the next one; gone: why nothing more is expected of the site.
+
+    attempt: 0 where the site still works for an earlier round, which counts
+    """
 
     attempt: int
     run: UUID | None
@@ -87,16 +155,17 @@ class Collector:
     client: SyncPrefectClient
     log: logging.Logger | logging.LoggerAdapter[logging.Logger]
     sites: dict[SiteId, Watched]
-    training: str | None
-    poll: float = 0.5  # seconds between two looks at the flow runs
+    origin: Origin
     survey_every: float = 10.0  # seconds between two looks into the store for sites whose flow runs say nothing
     found: Survey = field(default_factory=lambda: Survey({}, {}))
     quorum_since: datetime | None = None
     surveyed: float = 0.0
+    over: set[UUID] = field(default_factory=set)
     outage: bool = False
 
     def run(self) -> Closing:
         """Returns the closing. Raises QuorumLost after it is written where the quorum is not met."""
+        pace = Pace(longest=2.0, shortest=0.1, since=time.monotonic())  # of looks at the flow runs
         while True:
             try:
                 self._tick()
@@ -107,7 +176,7 @@ class Collector:
                 if utc_now() >= self.opening.deadline + STORE_PATIENCE:
                     raise
                 self.log.warning("the store does not answer: %s", error)
-            time.sleep(self.poll)
+            time.sleep(pace.wait())
 
     def _tick(self) -> None:
         finished = self._look_at_runs()
@@ -138,6 +207,7 @@ class Collector:
         if self.outage:
             self.log.info("the Prefect API answers again")
         self.outage = False
+        self.over |= {i for i, r in runs.items() if r.state_type in _OVER}
         return {open_runs[i]: r for i, r in runs.items() if r.state_type in _OVER}
 
     def _survey(self, sites: list[SiteId]) -> None:
@@ -161,25 +231,30 @@ class Collector:
             if failure
             else f"its flow run ended {state}: {run.state.message if run.state else ''}".strip()
         )
+        if differs := self._other_version(run):
+            reason = f"{reason} ({differs})"
         detail = f"\n{failure.traceback}" if failure and failure.traceback else ""
         self.log.error("%s: attempt %d failed: %s%s", site, watched.attempt, reason, detail)
-        pause = self._pause(watched.attempt)
-        spent = watched.attempt >= self.recipe.attempts or utc_now() + pause >= self.opening.deadline
-        if spent or (failure is not None and not failure.heals):
-            watched.gone = f"{reason} (attempt {watched.attempt} of {self.recipe.attempts})"
+        again = next_attempt(self.recipe, self.opening, watched.attempt, at=utc_now(), jitter=random.random())
+        if again is None or (failure is not None and not failure.heals):
+            watched.gone = gave_up(reason, watched.attempt, self.recipe)
         else:
-            watched.again = utc_now() + pause
+            watched.again = again
 
-    def _pause(self, attempt: int) -> timedelta:
-        """Exponential backoff with full jitter (half to all of it), capped at `MAX_BACKOFF`."""
-        longest = max(backoff(self.recipe.attempts, self.recipe.timeouts.round_deadline), timedelta(seconds=0.1))
-        return min(timedelta(seconds=2.0 ** (attempt - 1)), longest, MAX_BACKOFF) * random.uniform(0.5, 1.0)
+    def _other_version(self, run: FlowRun) -> str | None:
+        """That the site has another fedflow, where it has: it may be why it failed."""
+        with contextlib.suppress(*OUTAGE):
+            took = taker(self.client, run)
+            return took.differs() if took else None
+        return None
 
     def _send_again(self) -> None:
         for site, watched in self.sites.items():
             if watched.again is not None and utc_now() >= watched.again:
                 try:
-                    run = send(self.journal, self.plan, self.opening, site, watched.attempt + 1, training=self.training)
+                    run = send(
+                        self.client, self.journal, self.plan, self.opening, site, watched.attempt + 1, self.origin
+                    )
                 except (StoreUnavailable, *OUTAGE):
                     continue
                 except SiteError as error:
@@ -194,7 +269,13 @@ class Collector:
         assert grace is not None
         at = utc_now()
         why = may_close(
-            self.plan, self.opening, self.found, given_up=gone, quorum_since=self.quorum_since, grace=grace, at=at
+            self.plan.tasks.keys(),
+            self.opening,
+            self.found,
+            given_up=gone,
+            quorum_since=self.quorum_since,
+            grace=grace,
+            at=at,
         )
         if why is not None:
             self._survey(
@@ -204,13 +285,14 @@ class Collector:
 
     def missing(self) -> Mapping[SiteId, str]:
         """Why nothing came from a site."""
-        late = f"no update by {'the deadline' if utc_now() >= self.opening.deadline else 'the closing'}"
+        late = no_update(self.opening, at=utc_now())
         return {site: watched.gone or late for site, watched in self.sites.items()}
 
     def stop_stragglers(self) -> list[str]:
         """Cancel what is still running for this opening; names of the flow runs."""
         try:
-            runs = read_runs(self.client, [w.run for w in self.sites.values() if w.run])
+            left = [w.run for w in self.sites.values() if w.run and w.run not in self.over]
+            runs = read_runs(self.client, left) if left else {}
             return cancel(self.client, runs.values(), f"round {self.plan.round} closed without it")
         except OUTAGE as error:
             self.log.warning("stragglers could not be cancelled (%r); they stop by themselves at the deadline", error)

@@ -1,37 +1,45 @@
 """Imported by the fork server of a site's worker: what every trainer needs, imported and used once.
 
-Nothing here may leave a thread behind: a fork copies only the thread that forks. numpy's OpenBLAS would start its pool
-when it is imported, so it is told not to; a trainer has the threads that the recipe's numerics give it (torch's own).
+Nothing here may leave a thread behind: a fork copies only the thread that forks.
 """
 
 import contextlib
 import importlib
 import os
 import sys
-from pathlib import Path
-
-os.environ["OPENBLAS_NUM_THREADS"] = "1"
+from collections.abc import Iterator
 
 import torch
+from pydantic import BaseModel
 
 import fedflow.flows.site  # noqa: F401
+from fedflow.engine.forks import threads
 from fedflow.errors import FedflowError
+from fedflow.prefect import private
 from fedflow.recipe import SiteConfig
 
 
 def _first_use() -> None:
-    """The first step of the first optimizer of a process imports for a second."""
+    """What a process does once: torch's first pass backwards, and the validators of what is read and written."""
     torch.set_num_threads(1)
-    model = torch.nn.Linear(2, 2)
-    for optimizer in (torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), torch.optim.AdamW(model.parameters())):
-        model(torch.ones(1, 2)).sum().backward()
-        optimizer.step()
+    torch.nn.Linear(2, 2)(torch.ones(1, 2)).sum().backward()
+    for model in _models(BaseModel):
+        model.model_rebuild()
+
+
+def _models(base: type[BaseModel]) -> Iterator[type[BaseModel]]:
+    for model in base.__subclasses__():
+        if model.__module__.startswith("fedflow."):
+            yield model
+        yield from _models(model)
 
 
 def _preload() -> None:
     """What this site's configuration asks for; what is wrong with it is reported by the flow run, not here."""
     try:
-        for module in SiteConfig.here().preload:
+        config = SiteConfig.here()
+        own = [config.flow.partition(":")[0]] if config.flow else []
+        for module in (*own, *config.preload):
             if _leaves_threads(module):
                 print(f"{module} starts threads when it is imported: each training imports it itself", file=sys.stderr)
             else:
@@ -46,17 +54,10 @@ def _leaves_threads(module: str) -> bool:
     if child == 0:
         with contextlib.suppress(BaseException):
             importlib.import_module(module)
-        os._exit(_threads() > 1)
+        os._exit(threads() > 1)
     return os.waitpid(child, 0)[1] != 0
-
-
-def _threads() -> int:
-    tasks = Path("/proc/self/task")
-    return len(list(tasks.iterdir())) if tasks.exists() else 1
 
 
 _first_use()
 _preload()
-
-if _threads() > 1:
-    raise RuntimeError("the fork server has more than one thread; a fork of it could hang")
+private.site_client()

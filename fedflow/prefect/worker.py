@@ -2,116 +2,200 @@
 
 A stock process worker starts a fresh interpreter for every flow run, seconds of imports each, and executes whatever
 command the API names. These run a flow that is registered here, by name, as it is installed here; command, environment,
-entrypoint and pull steps that come over the API are not even read.
+entrypoint and pull steps that come over the API are not even read. They ask for work often while there is some, and use
+no event stream: whoever reads it sees other sites' events too.
 """
 
 from __future__ import annotations
 
-import multiprocessing
+import contextlib
+import logging
+import math
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from email.utils import parsedate_to_datetime
 from functools import partial
 from importlib import import_module
 from inspect import isawaitable
-from multiprocessing import forkserver
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import Any, ClassVar, cast
 from uuid import UUID
 
 import anyio
-import anyio.abc
+import anyio.to_thread
+import prefect
 from prefect import Flow
+from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.events import emit_event
 from prefect.exceptions import ObjectNotFound
+from prefect.settings import (
+    PREFECT_CLIENT_CSRF_SUPPORT_ENABLED,
+    PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
+    PREFECT_WORKER_QUERY_SECONDS,
+    temporary_settings,
+)
 from prefect.states import Crashed
-from prefect.workers.base import BaseJobConfiguration, BaseVariables, BaseWorker, BaseWorkerResult
 
+from fedflow.engine.forks import Child, ForkServer, Line
+from fedflow.engine.locks import held, holder, remove
+from fedflow.engine.logs import LogFile
 from fedflow.errors import ResolveError
+from fedflow.prefect import private
 from fedflow.prefect.api import OUTAGE
+from fedflow.prefect.pace import IDLE, Pace
 from fedflow.recipe import SiteConfig
-
-if TYPE_CHECKING:
-    from multiprocessing.context import ForkServerProcess
+from fedflow.store.records import utc_now
 
 __all__ = ["CoordinatorWorker", "SiteWorker", "command", "environment", "start"]
 
-POLL = 0.1  # seconds between two looks whether a child ended
-LOOK = 1.0  # seconds between two looks whether its flow run is to be cancelled
+LOOK = (1.0, 3.0)  # seconds between two looks whether a flow run is to be cancelled: at its beginning, later
+TICK = 0.5  # seconds between two looks how much memory a child holds
 STOPPED = (StateType.CANCELLING, StateType.CANCELLED)  # of a flow run that is not to run
+CANCELLED = "cancelled"
+STOPPED_TOO = "its worker was stopped"
+CLOCK = 60  # seconds that a machine's clock may differ from the server's
 
 
-class FlowWorkerResult(BaseWorkerResult):
-    """identifier: the child's process id; status_code: its exit code."""
-
-
-class FlowWorker(BaseWorker[BaseJobConfiguration, BaseVariables, FlowWorkerResult]):
+class FlowWorker(private.FlowWorkerBase):
     """Runs the flows that `flows` names: flow name -> "module:function"."""
 
     type = "fedflow"
     flows: ClassVar[dict[str, str]] = {}
     preload: ClassVar[str]
+    runs: ClassVar[str] = "fedflow.prefect.worker:run_in_child"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload([self.preload])
+        self.pace = Pace(float(PREFECT_WORKER_QUERY_SECONDS.value()))
+        self._server = self.fork_server()
+        self._names: dict[UUID, str] = {}
+        self._inherited = False
+
+    def fork_server(self) -> ForkServer:
+        """What starts this worker's children."""
+        return ForkServer([self.preload])
 
     def registered(self) -> dict[str, str]:
         """What runs here: flow name -> "module:function"."""
         return self.flows
 
+    def too_large(self, child: Child) -> str | None:
+        """Why the child may not go on; None where it may."""
+        return None
+
     async def setup(self) -> None:
         """As every worker, and warm: the fork server starts importing now, not when the first round waits for it."""
+        self._server.start()
         await super().setup()
-        forkserver.ensure_running()
 
-    async def run(
-        self,
-        flow_run: FlowRun,
-        configuration: BaseJobConfiguration,
-        task_status: anyio.abc.TaskStatus[Any] | None = None,
-    ) -> FlowWorkerResult:
-        """Fork, watch, and stop the child where its flow run is cancelled. Raises ResolveError for a foreign flow."""
-        name, flows = (await self.client.read_flow(flow_run.flow_id)).name, self.registered()
-        if name not in flows:
-            raise ResolveError(f"flow: found {name!r}, expected one of {sorted(flows)}; nothing else runs here")
-        process = self._context.Process(target=run_in_child, args=(flows[name], str(flow_run.id)), name=flow_run.name)
-        await anyio.to_thread.run_sync(process.start)
-        if task_status is not None:
-            task_status.started(process.pid)
+    async def get_and_submit_flow_runs(self) -> list[FlowRun]:
+        """Take what there is. Returns when nothing comes for long: then Prefect's own loop asks, every `pace.longest` seconds."""
+        if self.synced and not self._inherited:
+            await self._compare_clocks()
+            await self._inherit()
+        taken: list[FlowRun] = []
+        while True:
+            if new := await self.take():
+                self.pace.worked()
+                taken += new
+            if self.pace.mean() >= self.pace.longest:
+                return taken
+            await anyio.sleep(self.pace.wait())
+
+    async def _inherit(self) -> None:
+        """Look after what a worker of this machine had taken that was killed: the server still takes it to be running."""
+        for flow_run in await self.taken_before():
+            self.meanwhile(self._look_after, flow_run)
+        self._inherited = True
+
+    async def _look_after(self, flow_run: FlowRun) -> None:
+        """Stop its process where it is cancelled; once there is none, say that it has ended, unless it did so itself."""
+        lock = str(flow_run.id)
+        pid: int | None = None
         try:
-            cancelled = await self._watch(process, flow_run.id)  # then killed: SIGTERM is a crash to Prefect's engine
+            while (pid := await anyio.to_thread.run_sync(holder, lock)) is not None:
+                if await self._is_cancelling(flow_run.id):
+                    stop(pid)
+                await anyio.sleep(LOOK[0])
         except anyio.get_cancelled_exc_class():
             with anyio.CancelScope(shield=True):
-                kill_group(process)
-                await self._propose_crashed_state(flow_run, "its worker was stopped")
+                stop(pid)
+                await self.crashed(flow_run, STOPPED_TOO)
+            raise
+        remove(lock)
+        seen = await self.client.read_flow_run(flow_run.id)
+        if seen.state is None or not seen.state.is_final():
+            name, flows = await self._name(flow_run), self.registered()
+            if name in flows:
+                await self._ended(load(flows[name]), seen, None, None)
+            else:
+                await self.crashed(seen, "its process was lost")
+
+    async def _compare_clocks(self) -> None:
+        """Say where this machine's clock is wrong: a store refuses its requests, and work seems to lie in the future."""
+        try:
+            told = (await self.client.hello()).headers.get("date")
+        except OUTAGE:
+            return
+        ahead = (utc_now() - parsedate_to_datetime(told)).total_seconds() if told else 0.0
+        if abs(ahead) > CLOCK:
+            self._logger.error(
+                "clock: found this machine's %.0f s %s the Prefect server's, expected at most %d s between them; set it",
+                abs(ahead),
+                "ahead of" if ahead > 0 else "behind",
+                CLOCK,
+            )
+
+    async def work_on(self, flow_run: FlowRun) -> int:
+        """Fork, watch, and stop the child where its flow run is cancelled. Raises ResolveError for a foreign flow."""
+        name, flows = await self._name(flow_run), self.registered()
+        if name not in flows:
+            raise ResolveError(f"flow: found {name!r}, expected one of {sorted(flows)}; nothing else runs here")
+        asked = {"flow": flows[name], "flow_run": flow_run.model_dump(mode="json"), "csrf": self.csrf}
+        child = await anyio.to_thread.run_sync(self._server.fork, self.runs, asked)
+        try:
+            why = await self._watch(child, flow_run)  # then killed: SIGTERM is a crash to Prefect's engine
+        except anyio.get_cancelled_exc_class():
+            with anyio.CancelScope(shield=True):
+                child.kill()
+                await self.crashed(flow_run, STOPPED_TOO)
             raise
         finally:
-            kill_group(process)
-        flow = load(flows[name])
-        cancelled = cancelled or await self._is_cancelling(flow_run.id)  # it may have ended before anybody looked
-        if cancelled:
-            try:  # who sees the flow run cancelled finds done what its hooks do
-                await self._run_hooks(flow, flow.on_cancellation_hooks, flow_run.id)
-            finally:
-                await self._mark_flow_run_as_cancelled(flow_run, {"message": "stopped by its worker"})
-        elif process.exitcode != 0:
-            await self._run_hooks(flow, flow.on_crashed_hooks, flow_run.id)
-        return FlowWorkerResult(identifier=str(process.pid), status_code=0 if cancelled else process.exitcode or 0)
+            code = child.exit
+            child.kill()
+            remove(str(flow_run.id))
+        await anyio.to_thread.run_sync(child.end)
+        self.pace.worked()
+        if child.last is None:  # it did not say how its flow run ended
+            await self._ended(load(flows[name]), flow_run, code, why)
+        return code or 0
 
-    async def _watch(self, process: ForkServerProcess, flow_run: UUID) -> bool:
-        """Returns when the child has ended, or its flow run is cancelled; whether it is."""
-        since = 0.0
-        while process.is_alive():
-            await anyio.sleep(POLL)
-            since += POLL
-            if since >= LOOK:
-                since = 0.0
-                if await self._is_cancelling(flow_run):
-                    return True
-        return False
+    async def _name(self, flow_run: FlowRun) -> str:
+        """Of the flow."""
+        if flow_run.flow_id not in self._names:
+            self._names[flow_run.flow_id] = (await self.client.read_flow(flow_run.flow_id)).name
+        return self._names[flow_run.flow_id]
+
+    async def _watch(self, child: Child, flow_run: FlowRun) -> str | None:
+        """Returns when the child has ended, or must not go on: then why."""
+        looks, frequency = Pace(LOOK[1], LOOK[0], time.monotonic()), PREFECT_FLOWS_HEARTBEAT_FREQUENCY.value()
+        look, beat = time.monotonic() + looks.wait(), time.monotonic() + (frequency or math.inf)
+        while not child.ended:
+            await anyio.to_thread.run_sync(child.receive, max(min(look - time.monotonic(), TICK), 0.0))
+            if (why := self.too_large(child)) is not None:
+                return why
+            if time.monotonic() >= look and not child.ended:
+                look = time.monotonic() + looks.wait()
+                if await self._is_cancelling(flow_run.id):
+                    return CANCELLED
+            if frequency and time.monotonic() >= beat:
+                beat += frequency
+                show_life(flow_run)
+        return None
 
     async def _is_cancelling(self, flow_run: UUID) -> bool:
         try:
@@ -122,14 +206,46 @@ class FlowWorker(BaseWorker[BaseJobConfiguration, BaseVariables, FlowWorkerResul
             return False  # an API that does not answer cancels nothing
         return seen.state_type in STOPPED
 
+    async def _ended(self, flow: Flow[Any, Any], flow_run: FlowRun, code: int | None, why: str | None) -> None:
+        """What Prefect is told of a child that could not do so itself. It may have ended before anybody looked why."""
+        if why == CANCELLED or (why is None and await self._is_cancelling(flow_run.id)):
+            try:  # who sees the flow run cancelled finds done what its hooks do
+                await self._run_hooks(flow, flow.on_cancellation_hooks, flow_run.id)
+            finally:
+                await self.cancelled(flow_run, "stopped by its worker")
+        elif why is not None or code != 0:
+            await self._run_hooks(flow, flow.on_crashed_hooks, flow_run.id)
+            await self.crashed(flow_run, why or f"its process {_how(code)}")
+
     async def _run_hooks(self, flow: Flow[Any, Any], hooks: Sequence[Any] | None, flow_run: UUID) -> None:
         """The hooks that a killed process cannot run by itself."""
+        if not hooks:
+            return
         seen = await self.client.read_flow_run(flow_run)
         state = seen.state if seen.state is not None else Crashed()
-        for hook in hooks or ():
+        for hook in hooks:
             called = await anyio.to_thread.run_sync(partial(cast(Callable[..., object], hook), flow, seen, state))
             if isawaitable(called):
                 await cast(Awaitable[object], called)
+
+
+def stop(group: int | None) -> None:
+    """Kill that group of processes; nothing where it is gone."""
+    if group is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
+
+
+def show_life(flow_run: FlowRun) -> None:
+    """The event that an automation can miss where a machine is lost."""
+    resource = {"prefect.resource.id": f"prefect.flow-run.{flow_run.id}", "prefect.resource.name": flow_run.name}
+    emit_event("prefect.flow-run.heartbeat", resource=resource | {"prefect.version": prefect.__version__})
+
+
+def _how(code: int | None) -> str:
+    if code is None:
+        return "was lost"
+    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
 
 class SiteWorker(FlowWorker):
@@ -138,12 +254,37 @@ class SiteWorker(FlowWorker):
     type = "fedflow-site"
     flows: ClassVar[dict[str, str]] = {"fedflow-site": "fedflow.flows.site:local_training"}
     preload: ClassVar[str] = "fedflow.prefect.warm_site"
+    runs: ClassVar[str] = "fedflow.prefect.worker:run_at_site"
     _description = "Runs fedflow's local training, as installed at this site, and nothing else."
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.config = SiteConfig.here()
+        log_to_file(self.config)
+        super().__init__(*args, **kwargs)
+
+    def fork_server(self) -> ForkServer:
+        return ForkServer([self.preload], self.config.start, later=["torch._dynamo"])  # what torch.optim imports
 
     def registered(self) -> dict[str, str]:
         """The site's own flow, where its configuration names one, in place of fedflow's."""
-        own = SiteConfig.here().flow
-        return {name: own or target for name, target in self.flows.items()}
+        return {name: self.config.flow or target for name, target in self.flows.items()}
+
+    def too_large(self, child: Child) -> str | None:
+        limit = self.config.memory_limit
+        if limit is None or (held := resident(child.pid)) <= limit:
+            return None
+        return f"killed: found {held >> 20} MiB in its processes, expected at most this site's memory_limit, {limit >> 20} MiB"
+
+
+def resident(group: int) -> int:
+    """Bytes in memory of the processes of a group, shared ones counted with each; 0 where the system does not say."""
+    pages = 0
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended
+            fields = stat.read_text().rpartition(")")[2].split()
+            if int(fields[2]) == group:
+                pages += int(fields[21])
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 class CoordinatorWorker(FlowWorker):
@@ -165,35 +306,51 @@ def load(target: str) -> Flow[Any, Any]:
     return cast("Flow[Any, Any]", getattr(import_module(module), function))
 
 
-def run_in_child(target: str, flow_run_id: str) -> None:
-    """Run the flow in this process, as the leader of a group of its own."""
-    os.setsid()
-    os.environ["PREFECT__FLOW_RUN_ID"] = flow_run_id
-    from prefect.client.orchestration import get_client
-    from prefect.engine import handle_engine_signals
-    from prefect.flow_engine import run_flow
-
-    with handle_engine_signals(UUID(flow_run_id)):
-        with get_client(sync_client=True) as client:
-            flow_run = client.read_flow_run(UUID(flow_run_id))
-        if flow_run.state_type not in STOPPED:
-            run_flow(load(target), flow_run=flow_run)
+def run_in_child(asked: dict[str, Any], line: Line) -> None:
+    """Run the flow in this process, as Prefect's own child processes do; say how it ended."""
+    os.environ["PREFECT__FLOW_RUN_ID"] = asked["flow_run"]["id"]
+    with get_client(sync_client=True) as client:
+        flow_run = client.read_flow_run(UUID(asked["flow_run"]["id"]))
+    settings = {} if asked["csrf"] else {PREFECT_CLIENT_CSRF_SUPPORT_ENABLED: False}  # every new client would ask
+    if flow_run.state_type not in STOPPED:
+        with held(str(flow_run.id)), temporary_settings(settings), private.engine(suspends=True), private.all_sent():
+            tell(line, private.run(load(asked["flow"]), flow_run))
 
 
-def kill_group(process: ForkServerProcess) -> None:
-    """Kill the child and all that it started; nothing where they are gone."""
-    if process.pid is not None:
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            if process.is_alive():  # it has not become a group's leader yet
-                process.kill()
+def run_at_site(asked: dict[str, Any], line: Line) -> None:
+    """The same, with as few requests as it can be done with."""
+    flow_run = FlowRun.model_validate(asked["flow_run"])
+    os.environ["PREFECT__FLOW_RUN_ID"] = str(flow_run.id)
+    log_to_file(SiteConfig.here(), flow_run.parameters)
+    with (
+        held(str(flow_run.id)),
+        private.all_sent(),
+        private.own_engine(private.site_client(), flow_run, csrf=asked["csrf"]),
+    ):
+        tell(line, private.run(load(asked["flow"]), flow_run))
+
+
+def tell(line: Line, ended: StateType) -> None:
+    """Say to the worker how the flow run ended; to nobody, where the worker was killed meanwhile."""
+    with contextlib.suppress(ConnectionError):
+        line.send({"state": str(ended)})
+
+
+def log_to_file(config: SiteConfig, parameters: Mapping[str, Any] | None = None) -> None:
+    """Have what Prefect and flow runs log from now on written into the site's own file too, where it has one."""
+    if config.log is not None:
+        log = logging.getLogger("prefect")  # whose flow runs' logger is below it, and gets what fedflow says
+        for before in [h for h in log.handlers if isinstance(h, LogFile)]:  # the worker's, in a process forked from it
+            log.removeHandler(before)
+        given = parameters or {}
+        about = {"site": config.name, "run": given.get("run"), "round": given.get("round"), "phase": given.get("phase")}
+        log.addHandler(LogFile(Path(config.log.path), config.log.format, config.log.size, config.log.keep, about))
 
 
 # -- starting ----------------------------------------------------------------------------------------------------------
-def command(pool: str, name: str, worker: type[FlowWorker]) -> list[str]:
-    """The worker's command line."""
-    return [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--name", name, "--type", worker.type]
+def command(pool: str, name: str, worker_type: str) -> list[str]:
+    """The command line of a worker of that type."""
+    return [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--name", name, "--type", worker_type]
 
 
 def environment(config: SiteConfig, path: Path) -> dict[str, str]:
@@ -204,5 +361,5 @@ def environment(config: SiteConfig, path: Path) -> dict[str, str]:
 
 def start(config: SiteConfig, path: Path) -> None:
     """Become the worker of `config`'s site. Does not return."""
-    args = command(config.work_pool, config.name, SiteWorker)
-    os.execve(args[0], args, {**os.environ, **environment(config, path)})
+    args = command(config.work_pool, config.name, SiteWorker.type)
+    os.execve(args[0], args, {"PREFECT_WORKER_QUERY_SECONDS": str(IDLE), **os.environ, **environment(config, path)})

@@ -1,4 +1,5 @@
-"""`python -m fedflow.simulation SPEC`: the background process of a SimEnv. SPEC: JSON with run, store, book, backend, workers."""
+"""`python -m fedflow.simulation RUN`: the background process of a SimEnv. On stdin: JSON with run, store, store_options, book,
+backend, workers."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from fedflow.engine.rounds import recording_outcome
 from fedflow.errors import FedflowError, RoundAborted
@@ -18,10 +20,10 @@ from fedflow.store.journal import Journal
 from fedflow.store.objects import ObjectStore
 
 
-def main(spec: dict[str, object]) -> int:
+def main(spec: dict[str, Any]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stdout)
-    run, url = str(spec["run"]), str(spec["store"])
-    journal = Journal(ObjectStore(url, spec.get("store_options")), run)  # type: ignore[arg-type]
+    run, store, options = spec["run"], spec["store"], spec["store_options"]
+    journal = Journal(ObjectStore(store, options), run)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     settle()
     try:
@@ -29,12 +31,12 @@ def main(spec: dict[str, object]) -> int:
             simulate(
                 journal.recipe(),
                 journal.sites(),
-                store=url,
-                store_options=spec.get("store_options"),  # type: ignore[arg-type]
+                store=store,
+                store_options=options,
                 run=run,
-                book=Path(str(spec["book"])),
-                backend=spec["backend"],  # type: ignore[arg-type]
-                workers=spec["workers"],  # type: ignore[arg-type]
+                book=Path(spec["book"]),
+                backend=spec["backend"],
+                workers=spec["workers"],
             )
     except FedflowError as error:
         logging.getLogger("fedflow").error("%s", error)
@@ -51,4 +53,4 @@ def _stoppable() -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(json.loads(sys.argv[1])))
+    sys.exit(main(json.load(sys.stdin)))

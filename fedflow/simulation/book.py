@@ -5,11 +5,12 @@ from __future__ import annotations
 import sqlite3
 import tempfile
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedflow.errors import SiteStateLost
+from fedflow.errors import SiteStateLost, UserError, field_error
 from fedflow.simulation.kept import Encoded
 from fedflow.types import SiteId, SiteView
 
@@ -46,94 +47,106 @@ create table if not exists states (
 class SiteBook:
     """The book of one run, consistent with the commit number `head`: what was written after it is forgotten.
 
-    path: of the file, which several runs may share; None: one that is gone after `close`. One thread notes and reads, another
-    may write meanwhile. Raises SiteStateLost where the book is older than `head`
-    and `needed`: sites remembered something then that is not in it.
+    path: of the file, which several runs may share; None: one that is gone after `close`. Several threads may use it.
+    Raises UserError where the file cannot be used, and SiteStateLost where sites remembered something as of `head` (`needed`)
+    that is not in it.
     """
 
     def __init__(self, path: Path | None, run: str, nonce: str, *, head: int, needed: bool) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="fedflow-book-") if path is None else None
-        path = Path(self._folder.name) / "book.sqlite" if self._folder else path
-        assert path
-        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = Path(self._folder.name) / "book.sqlite" if path is None and self._folder else Path(path or "")
         self.run, self._lock = run, threading.Lock()
-        self._file, self._reading = (sqlite3.connect(path, check_same_thread=False, isolation_level=None) for _ in "wr")
-        self._file.executescript(f"pragma journal_mode = wal; pragma synchronous = full; {_TABLES}")
-        found = self._file.execute("select nonce, step from runs where run = ?", (run,)).fetchone()
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = sqlite3.connect(self.path, timeout=60, check_same_thread=False, isolation_level=None)
+            self._sync = "full" if path else "off"
+            try:
+                self._open(nonce, head, needed)
+            except BaseException:
+                self._file.close()
+                raise
+        except (OSError, sqlite3.Error) as error:
+            fix = f"make it writable, or remove it if no run needs it: {error}"
+            raise UserError(field_error("book", str(self.path), "a file that fedflow wrote, or none", fix)) from error
+
+    def _open(self, nonce: str, head: int, needed: bool) -> None:
+        self._file.executescript(f"pragma page_size = 65536; pragma journal_mode = wal; {_TABLES}")
+        with self._transaction(self._sync):
+            self._continue(nonce, head, needed)
+
+    def _continue(self, nonce: str, head: int, needed: bool) -> None:
+        found = self._file.execute("select nonce, step from runs where run = ?", (self.run,)).fetchone()
         known = found[1] if found and found[0] == nonce else -1
-        if known < head and needed:
+        if needed and not head <= known <= head + 1:  # one further where a process was killed just before a commit
             raise SiteStateLost(
-                f"site states lost: found those as of commit {known} in {path}, expected commit {head}'s; restore the file from a copy",
-                run=run,
+                f"site states lost: found those as of commit {known} in {self.path}, expected commit {head}'s; restore the file from a copy",
+                run=self.run,
             )
-        with self._file:
-            self._file.execute("begin")
-            for table in ("sites", "states"):
-                self._file.execute(
-                    f"delete from {table} where run = ? and step > ?", (run, head if known >= head else -1)
-                )
-            self._file.execute("insert or replace into runs values (?, ?, ?)", (run, nonce, head))
-        known_sites = self._reading.execute("select distinct site from states where run = ?", (run,))
-        self._remembering = {site for (site,) in known_sites}
-        self._pending: list[tuple[dict[SiteId, Entry], dict[SiteId, Encoded]]] = []
+        for table in ("sites", "states"):
+            self._file.execute(
+                f"delete from {table} where run = ? and step > ?", (self.run, head if known >= head else -1)
+            )
+        self._file.execute("insert or replace into runs values (?, ?, ?)", (self.run, nonce, head))
+        self._remembers = bool(self._file.execute("select 1 from states where run = ? limit 1", (self.run,)).fetchall())
+
+    @contextmanager
+    def _transaction(self, sync: str) -> Iterator[None]:
+        """All of it or nothing; with `sync` full it is on disk at the end, with all that was written before."""
+        with self._lock:
+            self._file.execute(f"pragma synchronous = {sync}")
+            with self._file:
+                self._file.execute("begin immediate")
+                yield
 
     def entries(self) -> dict[SiteId, Entry]:
         """What is known of every site that ever took part."""
-        rows = self._reading.execute(
-            "select site, max(step), last_round, seconds, failures from sites where run = ? group by site", (self.run,)
-        )
+        with self._lock:
+            rows = self._file.execute(
+                "select site, max(step), last_round, seconds, failures from sites where run = ? group by site",
+                (self.run,),
+            ).fetchall()
         return {site: Entry(*rest) for site, *rest in rows}
 
     def kept(self, site: SiteId) -> Encoded | None:
         """What `site` remembers, encoded."""
-        if site not in self._remembering:
+        if not self._remembers:
             return None
         with self._lock:
-            pending = self._pending[::-1]
-        for _, states in pending:
-            if site in states:
-                return states[site]
-        row = self._reading.execute(
-            "select plain, tensors from states where run = ? and site = ? order by step desc limit 1", (self.run, site)
-        ).fetchone()
+            row = self._file.execute(
+                "select plain, tensors from states where run = ? and site = ? order by step desc limit 1",
+                (self.run, site),
+            ).fetchone()
         return (row[0], row[1]) if row else None
 
-    def note(self, entries: Mapping[SiteId, Entry], states: Mapping[SiteId, Encoded]) -> None:
-        """What a phase adds; found at once, and in the file after the next `write`."""
-        with self._lock:
-            self._pending.append((dict(entries), dict(states)))
-        self._remembering |= states.keys()
-
-    def write(self, step: int, committed: int) -> None:
-        """Write the oldest noted phase, which is to be commit `step`; on disk when this returns.
-
-        committed: the newest commit that is there: what was remembered before it is deleted
-        """
-        entries, states = self._pending[0]
-        rows = [(self.run, s, step, e.last_round, e.seconds, e.failures) for s, e in entries.items()]
-        with self._file:
-            self._file.execute("begin immediate")
-            self._file.executemany("insert or replace into sites values (?, ?, ?, ?, ?, ?)", rows)
+    def keep(self, step: int, states: Mapping[SiteId, Encoded]) -> None:
+        """What sites remember if there will be a commit `step`. Seen by `kept` at once; on disk after the next `write`."""
+        self._remembers |= bool(states)
+        with self._transaction("off"):
             self._file.executemany(
                 "insert or replace into states values (?, ?, ?, ?, ?)",
                 [(self.run, site, step, *kept) for site, kept in states.items()],
             )
-            self._prune("sites", entries, committed)
-            self._prune("states", states, committed)
-            self._file.execute("update runs set step = ? where run = ?", (step, self.run))
-        with self._lock:
-            self._pending.pop(0)
 
-    def _prune(self, table: str, sites: Iterable[SiteId], committed: int) -> None:
-        newest = f"select max(step) from {table} where run = :run and site = :site and step <= :committed"
-        self._file.executemany(
-            f"delete from {table} where run = :run and site = :site and step < ({newest})",
-            [{"run": self.run, "site": site, "committed": committed} for site in sites],
-        )
+    def write(self, step: int, entries: Mapping[SiteId, Entry], committed: int) -> None:
+        """Write what is known of sites as of commit `step`, and all that was to be kept; on disk when this returns.
+
+        committed: the newest commit that is there: what was remembered before it is deleted
+        """
+        with self._transaction(self._sync):
+            self._file.executemany(
+                "insert or replace into sites values (?, ?, ?, ?, ?, ?)",
+                [(self.run, s, step, e.last_round, e.seconds, e.failures) for s, e in entries.items()],
+            )
+            for table in ("sites", "states") if self._remembers else ("sites",):
+                newest = f"select max(step) from {table} where run = :run and site = :site and step <= :committed"
+                self._file.executemany(
+                    f"delete from {table} where run = :run and site = :site and step < ({newest})",
+                    [{"run": self.run, "site": site, "committed": committed} for site in entries],
+                )
+            self._file.execute("update runs set step = ? where run = ?", (step, self.run))
 
     def close(self) -> None:
         """Nothing is lost by closing: what was not written belongs to no commit."""
         self._file.close()
-        self._reading.close()
         if self._folder:
             self._folder.cleanup()

@@ -10,7 +10,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
-from fedflow.algorithm import Algorithm
+from fedflow.algorithm import Algorithm, NoState
 from fedflow.errors import ObjectCorrupt
 from fedflow.local.state import TrainingState
 from fedflow.store.state import scalars_of, tensor_fields
@@ -36,6 +36,8 @@ class Kept:
 
 def encode(kept: Kept) -> Encoded | None:
     """All of it, in memory of its own; None where nothing is remembered."""
+    if isinstance(kept.state, NoState) and kept.training is None:
+        return None
     parts = {"state": kept.state} | ({_TRAINING: kept.training} if kept.training is not None else {})
     plain = {part: {"scalars": scalars_of(s), "tensors": sorted(tensor_fields(s))} for part, s in parts.items()}
     if plain == {"state": {"scalars": {}, "tensors": []}}:

@@ -17,19 +17,22 @@ from torch import Tensor
 from fedflow.tensors import Packed, Place
 from fedflow.types import Groups, Spec, Tensors
 
-__all__ = ["Layout", "SharedBuffer", "copied", "fill"]
+__all__ = ["Layout", "Names", "SharedBuffer", "copied", "fill", "named", "names_of"]
 
 _ALIGNED = 64  # bytes: a line of the processor's cache
+_WIDE = torch.float64
 
 
 class Layout:
-    """Where the tensors of a spec lie: those of a group and dtype one behind the other. size: bytes of all of them."""
+    """Where the tensors of a spec lie: those of a group and dtype one behind the other.
+
+    size: bytes of all of them; sums: bytes of as many float64 sums
+    """
 
     def __init__(self, spec: Spec) -> None:
         self.spec = {group: dict(tensors) for group, tensors in spec.items()}
         self._places: dict[str, dict[str, Place]] = {}
-        self._flats: dict[str, dict[torch.dtype, tuple[int, int]]] = {}  # first byte, elements
-        at = 0
+        self._flats: dict[str, dict[torch.dtype, int]] = {}  # elements
         for group, tensors in self.spec.items():
             self._places[group], self._flats[group] = {}, {}
             for dtype in dict.fromkeys(s.dtype for s in tensors.values()):
@@ -38,31 +41,47 @@ class Layout:
                     if s.dtype == dtype:
                         self._places[group][name] = (dtype, elements, s.shape)
                         elements += -(-prod(s.shape) // step) * step
-                self._flats[group][dtype] = at, elements
-                at += elements * dtype.itemsize
-        self.size = at
+                self._flats[group][dtype] = elements
+        found = [(dtype.itemsize, n) for flats in self._flats.values() for dtype, n in flats.items()]
+        self.size, self.sums = sum(size * n for size, n in found), sum(_WIDE.itemsize * n for _, n in found)
 
-    def views(self, buffer: mmap.mmap | bytearray, start: int = 0) -> dict[str, Packed]:
-        """The tensors in `buffer` from byte `start` on, by group; they change when its bytes do."""
+    def views(
+        self, buffer: mmap.mmap | bytearray, start: int = 0, *, dtype: torch.dtype | None = None
+    ) -> dict[str, Packed]:
+        """The tensors in `buffer` from byte `start` on, by group; they change when its bytes do. dtype: of all of them there"""
+        found = {}
+        for group, flats in self._flats.items():
+            packed = {}
+            for own, elements in flats.items():
+                packed[own] = _flat(buffer, dtype or own, elements, start)
+                start += elements * (dtype or own).itemsize
+            found[group] = Packed(packed, self._places[group])
+        return found
 
-        def flat(dtype: torch.dtype, at: int, elements: int) -> Tensor:
-            if not elements:
-                return torch.empty(0, dtype=dtype)
-            return torch.frombuffer(buffer, dtype=dtype, count=elements, offset=start + at)
-
-        return {
-            group: Packed({dtype: flat(dtype, *place) for dtype, place in flats.items()}, self._places[group])
-            for group, flats in self._flats.items()
-        }
+    def views_of_sums(self, buffer: mmap.mmap | bytearray, start: int) -> dict[str, Packed]:
+        """The same of their sums."""
+        return self.views(buffer, start, dtype=_WIDE)
 
     def empty(self) -> dict[str, Packed]:
         """The same in memory of their own, to be filled."""
         return self.views(bytearray(max(self.size, 1)))
 
 
-def copied(groups: Mapping[str, Packed]) -> dict[str, Packed]:
+def _flat(buffer: mmap.mmap | bytearray, dtype: torch.dtype, elements: int, start: int) -> Tensor:
+    if not elements:
+        return torch.empty(0, dtype=dtype)
+    return torch.frombuffer(buffer, dtype=dtype, count=elements, offset=start)
+
+
+def copied(groups: Groups) -> dict[str, Tensors]:
     """The same tensors in memory of their own."""
-    return {g: Packed({dtype: flat.clone() for dtype, flat in p.flats.items()}, p.places) for g, p in groups.items()}
+    return {group: _copied(tensors) for group, tensors in groups.items()}
+
+
+def _copied(tensors: Tensors) -> Tensors:
+    if isinstance(tensors, Packed):
+        return Packed({dtype: flat.clone() for dtype, flat in tensors.flats.items()}, tensors.places)
+    return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
 def fill(views: Mapping[str, Packed], groups: Groups) -> dict[str, Tensors]:
@@ -70,11 +89,41 @@ def fill(views: Mapping[str, Packed], groups: Groups) -> dict[str, Tensors]:
     found: dict[str, Tensors] = {}
     with torch.no_grad():
         for group, tensors in groups.items():
+            there, whole = views[group], len(tensors) == len(views[group])
+            fewer: dict[str, Tensor] = {}
             for name, tensor in tensors.items():
-                views[group][name].copy_(tensor)
-            whole = len(tensors) == len(views[group])
-            found[group] = views[group] if whole else {name: views[group][name] for name in tensors}
+                place = there[name]
+                if place.shape != tensor.shape:  # `TensorSpec.up_to`
+                    place, whole = place[: len(tensor)], False
+                place.copy_(tensor)
+                fewer[name] = place
+            found[group] = there if whole else fewer
     return found
+
+
+Names = Mapping[str, Mapping[str, int] | None]
+"""Group -> the names that came, with the rows of each (1 of a scalar); None: all of them, whole."""
+
+
+def names_of(groups: Groups) -> Names:
+    """What came, of what `fill` returned."""
+    return {
+        group: None if isinstance(tensors, Packed) else {n: len(t) if t.dim() else 1 for n, t in tensors.items()}
+        for group, tensors in groups.items()
+    }
+
+
+def named(groups: Mapping[str, Packed], names: Names) -> dict[str, Tensors]:
+    """What came, there."""
+    found: dict[str, Tensors] = {}
+    for group, wanted in names.items():
+        there = groups[group]
+        found[group] = there if wanted is None else {n: _rows(there[n], rows) for n, rows in wanted.items()}
+    return found
+
+
+def _rows(tensor: Tensor, rows: int) -> Tensor:
+    return tensor[:rows] if tensor.dim() else tensor
 
 
 class SharedBuffer:

@@ -10,6 +10,7 @@ sites/<site>/<run>/<r>/<phase>/<digest>.{json,safetensors}
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -145,6 +146,23 @@ class Journal:
 
     def manifest(self, round: int, phase: str) -> Manifest | None:
         return self._read(f"{self._server_step(round, phase)}/manifest.json", Manifest)
+
+    def is_committed(self, round: int, phase: str) -> bool:
+        """Whether there is a commit: one request."""
+        return self.store.exists(f"{self._server_step(round, phase)}/manifest.json")
+
+    def glance(self, round: int, phase: str) -> dict[str, Any] | None:
+        """A manifest's fields as they are in the store, not verified: a tenth of the time, for what is only looked at."""
+        key = f"{self._server_step(round, phase)}/manifest.json"
+        try:
+            fields: dict[str, Any] = json.loads(self.store.get(key))
+            if not Manifest.model_fields.keys() <= fields.keys():
+                raise ValueError("other fields")
+        except ObjectMissing:
+            return None
+        except (ValueError, AttributeError) as error:
+            raise ObjectCorrupt(f"{key}: found {error}, expected a Manifest as it was written; restore it") from error
+        return fields
 
     def committed(self) -> list[tuple[int, str]]:
         """(round, phase) of every commit, without reading them; rounds in order, phases of a round in no order."""

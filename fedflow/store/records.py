@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import cached_property
 from typing import Annotated, Any, Literal, Self
 
 from blake3 import blake3
@@ -43,7 +45,7 @@ Count = Annotated[int, Field(strict=True, gt=-(2**53), lt=2**53)]
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     def digest(self) -> str:
         """Digest of the record's canonical JSON."""
@@ -51,7 +53,13 @@ class _Record(BaseModel):
 
     def to_bytes(self) -> bytes:
         """Canonical JSON with the record's own digest in it, so that no byte of it can change unseen."""
-        return canonical_json({**self.model_dump(mode="json"), "digest": self.digest()})
+        return self._encoded()[0]
+
+    def _encoded(self) -> tuple[bytes, str]:
+        """`to_bytes`, and the digest; each field is encoded once."""
+        fields = {name: canonical_json(value) for name, value in self.model_dump(mode="json").items()}
+        digest = f"blake3:{blake3(_joined(fields)).hexdigest()}"
+        return _joined({**fields, "digest": canonical_json(digest)}), digest
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
@@ -70,6 +78,11 @@ class _Record(BaseModel):
             return cls.model_validate(fields)
         except StoreError as error:  # from an ObjectRef in it
             raise ValueError(str(error)) from error
+
+
+def _joined(fields: dict[str, bytes]) -> bytes:
+    """The canonical JSON of an object, of its fields' own."""
+    return b"{%s}" % b",".join(b"%s:%s" % (canonical_json(name), fields[name]) for name in sorted(fields))
 
 
 def _digest(fields: dict[str, Any]) -> str:
@@ -329,6 +342,23 @@ class Manifest(_Record):
     opened: datetime | None = None
     committed: datetime
     seconds: float = 0.0  # of the aggregation alone; the round took from `opened` to `committed`
+
+    @cached_property
+    def own_digest(self) -> str:
+        """`digest`, which the next manifest names."""
+        return super().digest()
+
+    def digest(self) -> str:
+        return self.own_digest
+
+    def to_bytes(self) -> bytes:
+        data, self.__dict__["own_digest"] = self._encoded()
+        return data
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        copied = super().model_copy(update=update, deep=deep)
+        copied.__dict__.pop("own_digest", None)
+        return copied
 
     def objects(self) -> list[ObjectRef]:
         """Every object that this manifest names."""

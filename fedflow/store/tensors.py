@@ -22,7 +22,7 @@ from fedflow.errors import FedflowError, ObjectCorrupt
 from fedflow.store.backends import Data
 from fedflow.store.objects import CHUNK_SIZE, ObjectRef, ObjectStore
 from fedflow.store.reading import Reader
-from fedflow.tensors import raw_bytes
+from fedflow.tensors import Stored, raw_bytes
 from fedflow.types import Tensors, TensorSpec, spec_of
 
 __all__ = [
@@ -189,7 +189,7 @@ def _read_small(store: ObjectStore, ref: ObjectRef, names: Iterable[str] | None)
     return found
 
 
-class StoredTensors(Mapping[str, Tensor]):
+class StoredTensors(Stored):
     """The tensors of one object, each read and verified when it is asked for, and not kept; in the order of the file.
 
     Memory: a chunk of the object, and what the caller keeps. Raises as `TensorReader` does, when it is made and when it reads.
@@ -223,6 +223,18 @@ class StoredTensors(Mapping[str, Tensor]):
             rest[: len(piece)] = piece
             rest, at = rest[len(piece) :], at + len(piece)
         return tensor
+
+    def read_into(self, own: Tensors) -> None:
+        """Fill `own`, straight where a tensor's memory allows; verified when this returns."""
+        reader = Reader(self._store, self._ref)
+        for name, (spec, start, _) in self._header.entries.items():
+            tensor = own[name]
+            direct = tensor.is_contiguous() and not tensor.is_conj() and tensor.device.type == "cpu"
+            read = tensor if direct else torch.empty(spec.shape, dtype=spec.dtype)
+            reader.read_into(start, [raw_bytes(read)])
+            if not direct:
+                tensor.copy_(read)
+        reader.verify()
 
     def _verified(self, number: int) -> bytes:
         if self._chunk[0] != number:

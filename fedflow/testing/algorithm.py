@@ -229,7 +229,7 @@ def _phases(recipe: Recipe) -> Iterator[tuple[Journal, Plan, Closing]]:
 
 
 def _head(journal: Journal, recipe: Recipe) -> Manifest:
-    found = journal.head(recipe.algorithm.phases)
+    found = journal.head(recipe.phases)
     assert found is not None
     return found
 

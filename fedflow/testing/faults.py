@@ -1,4 +1,4 @@
-"""Faults for tests: a real SIGKILL, or an endless wait, at a named write of the journal or at an optimizer step.
+"""Faults for tests: a real SIGKILL, or a wait, at a named write of the journal or at an optimizer step.
 
     fault = fail_at("manifest", round=1, token=tmp_path / "fired")
     subprocess.run(["fedflow", "run", ...], env={**os.environ, **fault.environment()})  # dies before round 1 is committed
@@ -31,7 +31,7 @@ VARIABLE = "FEDFLOW_FAULT"
 """The fault as JSON, for processes that somebody else starts; or "@" and the path of a file that may hold it one day."""
 
 When = Literal["before", "after"]
-Effect = Literal["kill", "hang", "slow"]
+Effect = Literal["kill", "hang", "slow", "hold"]
 Step = Literal[
     "run",  # the run's record
     "initial objects",  # the state before round 0
@@ -56,7 +56,7 @@ class Fault:
 
     at:      pattern of the URL of a write, or of "training/<site>/<round>/<step>" for an optimizer step
     when:    before or after that write is visible; optimizer steps have no before
-    effect:  kill: SIGKILL to this process; hang: wait for ever; slow: wait `seconds`
+    effect:  kill: SIGKILL to this process; hang: wait for ever; slow: wait `seconds`; hold: wait until `release`
     nth:     at which match in this process, from 1
     given:   pattern of a key that must be in the store for a write to match
     token:   a file that is created when the fault strikes; while it is there no process is struck again
@@ -85,6 +85,11 @@ class Fault:
         """Arm it in every process that was started with `watching(path)`; removing the file disarms it."""
         path.with_suffix(".new").write_text(json.dumps(asdict(self)))
         path.with_suffix(".new").replace(path)
+
+    def release(self) -> None:
+        """Let the process that is held at this place go on, or never hold one."""
+        assert self.token is not None
+        Path(self.token).write_text(_RELEASED)
 
     @property
     def struck(self) -> bool:
@@ -155,12 +160,18 @@ class _Trap:
         return True
 
 
+_RELEASED = "released"
+
+
 def strike(fault: Fault) -> None:
     """Do to this process what the fault says."""
     if fault.effect == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     elif fault.effect == "hang":
         threading.Event().wait()
+    elif fault.effect == "hold":
+        while fault.token is not None and Path(fault.token).read_text() != _RELEASED:
+            time.sleep(0.05)
     else:
         time.sleep(fault.seconds)
 
@@ -192,6 +203,10 @@ def fail_at(
     """The fault at `step` of any run. site, round: only there; nth: for "training" the optimizer step, from 1."""
     if step not in get_args(Step):
         raise ValueError(f"step: found {step!r}, expected one of {get_args(Step)}")
+    if effect == "hold" and token is None:
+        raise ValueError(
+            "token: missing, expected the file that is created when the fault holds and written at its release"
+        )
     name = "[^/]+" if site is None else re.escape(site)
     number = r"\d{5}" if round is None else f"{round:05d}"
     digest = "[0-9a-f]{64}"

@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any, Literal
 
 from fedflow.algorithm import Algorithm
-from fedflow.types import Aggregate, Groups, RoundContext, Spec, Tensors, Update
+from fedflow.types import Aggregate, Groups, Result, RoundContext, Spec, Tensors, Update
 
 __all__ = ["Transformed"]
 
@@ -21,6 +21,10 @@ class Transformed(Algorithm):
     transforms: tuple[Any, ...]
 
     # -- what it takes over
+    @property
+    def trains(self) -> bool:  # type: ignore[override]
+        return bool(self.algorithm.trains)
+
     @property
     def phases(self) -> tuple[str, ...]:  # type: ignore[override]
         return tuple(self.algorithm.phases)
@@ -55,6 +59,11 @@ class Transformed(Algorithm):
         return int(self.algorithm.least_updates)
 
     @property
+    def local_steps(self) -> int | None:
+        found: int | None = self.algorithm.local_steps
+        return found
+
+    @property
     def gathers(self) -> bool:
         return bool(self.algorithm.gathers)
 
@@ -71,8 +80,19 @@ class Transformed(Algorithm):
             self.expects(state, phase)  # whether everything can be transformed
         return state
 
+    def with_models(self, state: Any, models: Mapping[str, Groups]) -> Any:
+        return self.algorithm.with_models(state, models)
+
     def model(self, state: Any) -> Groups:
         found: Groups = self.algorithm.model(state)
+        return found
+
+    @property
+    def finds(self) -> bool:
+        return bool(self.algorithm.finds)
+
+    def result(self, state: Any) -> Result:
+        found: Result = self.algorithm.result(state)
         return found
 
     def weight(self, update: Update) -> float:

@@ -117,12 +117,33 @@ def test_without_the_model_s_code_the_committed_names_are_exported(trained: Proj
 def test_plot(trained: Project) -> None:
     result = trained.call("plot", "points-1")
     assert result.out == "fedflow-runs/plots/points-1.png\n"
-    assert trained.call("plot", "points-1", "pictures/run.svg").out == "pictures/run.svg\n"
+    assert trained.call("plot", "points-1", "--out", "pictures/run.svg").out == "pictures/run.svg\n"
     assert "<svg" in (trained.folder / "pictures" / "run.svg").read_text()
 
 
 def test_plot_of_another_kind_is_refused(trained: Project) -> None:
-    assert "'run.gif'" in trained.call("plot", "points-1", "run.gif").mistake
+    assert "'run.gif'" in trained.call("plot", "points-1", "--out", "run.gif").mistake
+
+
+def test_plot_of_several_runs(project: Project) -> None:
+    for name, fields in {
+        "a": {"seed": 1},
+        "b": {"seed": 2},
+        "c": {"algorithm": {"kind": "fedprox", "mu": 0.5}},
+    }.items():
+        assert project.call("run", project.recipe(rounds=2, **fields), "--run-id", name, "--quiet").code == 0
+    result = project.call("plot", "a", "b", "c", "--out", "all.svg", "--x", "bytes")
+    assert (result.code, result.out) == (0, "all.svg\n")
+    picture = (project.folder / "all.svg").read_text()
+    assert all(text in picture for text in ("accuracy, 3 runs", "fedavg: ", ", 2 seeds<", "fedprox: ")), picture[:3000]
+    assert project.call("plot", "a", "b").out == "fedflow-runs/plots/a-and-1-more.png\n"
+    assert project.call("plot", "a", "--x", "seconds", "--out", "a.pdf").code == 0
+
+
+def test_plot_mistakes(trained: Project) -> None:
+    assert "give the picture as --out run.png" in trained.call("plot", "points-1", "run.png").mistake
+    assert "each run once" in trained.call("plot", "points-1", "points-1").mistake
+    assert "'nothing'" in trained.call("plot", "points-1", "nothing").mistake
 
 
 # -- init, recipe ------------------------------------------------------------------------------------------------------

@@ -11,7 +11,25 @@ from fedflow.environments import DEFAULT_HOME
 from tests.cli.project import Project, environment
 
 COMMANDS = [
-    *("run", "resume", "extend", "abort", "logs", "plot", "export", "init", "ui", "deploy", "doctor"),
+    *(
+        "run",
+        "resume",
+        "extend",
+        "abort",
+        "sweep",
+        "logs",
+        "plot",
+        "metrics",
+        "export",
+        "result",
+        "evaluate",
+        "stats",
+        "init",
+        "ui",
+        "deploy",
+        "doctor",
+        "sites",
+    ),
     *("runs ls", "runs show", "recipe schema", "recipe check", "site start"),
     *("store verify", "store gc"),
 ]

@@ -46,6 +46,11 @@ def test_bad_recipe(project: Project, command: str, case: str) -> None:
     assert not list((project.folder / "fedflow-runs").glob("**/run.json"))
 
 
+def test_sites_without_a_server(project: Project) -> None:
+    mistake = project.call("sites").mistake
+    assert all(word in mistake for word in ["PREFECT_API_URL", "found None", "prefect config set"]), mistake
+
+
 def test_missing_workload(project: Project) -> None:
     project.recipe(workload="points_workload:Nope")
     mistake = project.call("run", "recipe.yaml").mistake
@@ -158,6 +163,9 @@ def test_unknown_run_in_a_store(trained: Project) -> None:
         ("logs points-1 --site site-9", ["--site", "'site-9'", "site-1"]),
         ("ui points-1", ["no UI", "fedflow runs show points-1"]),
         ("run recipe.yaml --keep-server", ["--keep-server", "poc"]),
+        ("run recipe.yaml --env poc --trace trace.csv", ["--trace", "'poc'", "sim"]),
+        ("run recipe.yaml --trace nowhere.csv", ["trace", "'nowhere.csv'", "a readable file"]),
+        ("run recipe.yaml --trace recipe.yaml", ["trace.kind", "None", "'generated', 'table'"]),
     ],
 )
 def test_bad_options(trained: Project, command: str, words: list[str]) -> None:

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import io
 import re
-from datetime import timedelta
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from fedflow.cli.progress import LiveProgress, PlainProgress
 from fedflow.cli.text import duration, metric, metrics, one_line, size
-from fedflow.cli.watching import Watch
 from fedflow.engine import SiteWork, Step, open_round, site_step
+from fedflow.engine.summary import Glance
+from fedflow.engine.watching import Watch
 from fedflow.environments import Run
 from fedflow.recipe import SiteConfig
 from fedflow.store.journal import Journal
 from fedflow.store.objects import ObjectStore
+from fedflow.store.records import utc_now
 from tests.builders import recipe, run
 
 
@@ -53,7 +57,7 @@ def standing(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def looked(run: Run) -> Watch:
     watch = Watch(run.journal)
-    assert [round.round for round in watch.look(run)] == [0, 1]
+    assert [round.round for round in watch.look()] == [0, 1]
     return watch
 
 
@@ -69,7 +73,7 @@ def text_of(console: Console) -> str:
 
 def test_watch_reads_only_what_is_new(standing: Run) -> None:
     watch = looked(standing)
-    assert watch.look(standing) == []
+    assert watch.look() == []
     assert watch.current is not None
     assert (watch.current.round, watch.current.answered, watch.current.asked) == (2, ["site-1"], ["site-1", "site-2"])
     assert watch.best is not None and watch.best.round in (0, 1)
@@ -80,9 +84,12 @@ def test_live_display(standing: Run) -> None:
     live = LiveProgress(console, "run · sim")
     live.watch = looked(standing)
     console.print(live)
-    header, bar, now, sites = text_of(console).splitlines()
+    header, bar, pace, now, sites = text_of(console).splitlines()
     assert header.rstrip() == "run · sim"
     assert "━━━" in bar and "2/5 rounds" in bar and "accuracy " in bar and "best " in bar
+    assert re.search(
+        r"^loss [\d.]+  sites' loss [\d.]+  \S+ (rounds/s|s a round)  \S+ (sites/s|s a site)  about .* left", pace
+    )
     assert re.search(r"round 2  1/2 sites answered  (59m \d\ds|1h 00m) to the deadline", now)
     assert sites.split("   ") == ["  ✓ site-1 answered", "· site-2 asked", "✗ absent: site-3 (no worker)"]
 
@@ -117,7 +124,7 @@ def test_a_round_that_is_opened_again_is_a_line(standing: Run) -> None:
     plain.show(watch, [])
     open_round(standing.journal, Step(2, "train"), reopen=True, why="resume")
     for _ in range(2):
-        watch.look(standing)
+        watch.look()
         plain.show(watch, [])
     (line,) = text_of(console).splitlines()
     assert line.startswith("round 2  opens again (opening 2), waits for site-2 until ")
@@ -131,6 +138,70 @@ def test_many_sites_are_counted() -> None:
     asked = [f"site-{number}" for number in range(100)]
     now = Current(3, "train", 2, utc_now() + timedelta(minutes=1), asked, asked[:10], {})
     assert "site-10, site-11" in reopened_line(now).plain and "and 78 more" in reopened_line(now).plain
+
+
+# -- fast rounds -------------------------------------------------------------------------------------------------------
+BEGAN = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+def committed(number: int, seconds: float, **fields: Any) -> Glance:
+    """A round that was committed so long after `BEGAN`, a second after its opening."""
+    known: dict[str, Any] = {"metrics": {"accuracy": 0.5}, "evaluation": None, "sites": 10, "excluded": {}}
+    at = BEGAN + timedelta(seconds=seconds)
+    return Glance(number, at - timedelta(seconds=1), at, **(known | fields))
+
+
+def watching(rounds: list[Glance], **fields: Any) -> Watch:
+    """A watch that has seen `rounds`, of a recipe that asks for 100."""
+    journal = Journal(ObjectStore("memory://progress"), "run")
+    spec = recipe(rounds=100, **fields)
+    best = max(rounds, key=lambda r: (r.shown["accuracy"], -r.round))
+    return Watch(journal, recipe=spec, rounds=rounds, best=best)
+
+
+def test_the_pace_is_that_of_the_newest_rounds() -> None:
+    """Ten rounds of 0.5 s after ten of 60 s: 2 rounds/s, 20 sites/s; 80 rounds are left, the next begun 0.25 s ago."""
+    rounds = [committed(n, 60 * n) for n in range(10)] + [committed(10 + n, 1000 + n / 2) for n in range(10)]
+    pace = watching(rounds).pace(rounds[-1].committed + timedelta(seconds=0.25))
+    assert pace is not None
+    assert (pace.rounds, pace.sites, pace.left) == (2.0, 20.0, timedelta(seconds=39.75))
+
+
+def test_the_pace_of_one_round_is_from_its_opening_and_that_of_none_unknown() -> None:
+    watch = watching([committed(0, 60)])
+    found = watch.pace(BEGAN + timedelta(seconds=60))
+    assert found is not None and (found.rounds, found.left) == (1.0, timedelta(seconds=99))
+    watch.before = 1  # committed by an earlier start
+    assert watch.pace(BEGAN) is None
+
+
+def test_the_live_display_says_how_fast_it_goes_and_how_long_it_takes() -> None:
+    rounds = [committed(n, n / 20, metrics={"accuracy": 0.5, "loss": 0.25}) for n in range(50)]
+    now = utc_now()
+    rounds = [replace(r, committed=now + (r.committed - rounds[-1].committed)) for r in rounds]
+    for fields, words in (({}, "about"), ({"early_stop": {"patience": 3}}, "at most")):
+        console = screen()
+        live = LiveProgress(console, "run · sim")
+        live.watch = watching(rounds, **fields)
+        console.print(live)
+        pace = text_of(console).splitlines()[2]
+        assert re.match(rf"loss 0.25  20.0 rounds/s  200 sites/s  {words} 2.[45] s left", pace)
+
+
+def test_many_rounds_at_once_are_one_line() -> None:
+    console = screen(200)
+    rounds = [committed(n, n, metrics={"accuracy": n / 100}) for n in range(20)]
+    rounds[7] = committed(7, 7, metrics={"accuracy": 0.9}, excluded={"site-3": "not finite"})
+    PlainProgress(console).show(watching(rounds), rounds)
+    assert text_of(console) == (
+        "rounds 0–19  accuracy 0.19  200/201 sites  best in round 7  1 excluded, the last: site-3 (not finite)\n"
+    )
+
+
+def test_a_watch_of_a_resumed_run_takes_earlier_rounds_as_known(standing: Run) -> None:
+    watch = Watch(standing.journal, before=1)
+    assert [round.round for round in watch.look()] == [1]
+    assert watch.look() == []
 
 
 # -- text --------------------------------------------------------------------------------------------------------------

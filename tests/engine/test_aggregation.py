@@ -30,7 +30,7 @@ from fedflow.errors import FedflowError
 from fedflow.recipe import SiteConfig
 from fedflow.store.journal import Journal
 from fedflow.store.objects import ObjectStore
-from fedflow.store.records import Closing, ContributorSummary, Plan, UpdateManifest
+from fedflow.store.records import Closing, Plan, UpdateManifest
 from fedflow.types import Aggregate, Groups, RoundContext, Tensors, Update
 from tests.builders import SITES, head, keys, recipe, run
 
@@ -300,12 +300,7 @@ def test_sites_with_other_numerics_than_the_first_are_flagged(tmp_path: Path) ->
 
 
 def test_metrics_are_weighted_over_the_sites_that_have_them() -> None:
-    def site(weight: float, **metrics: float | None) -> ContributorSummary:
-        return ContributorSummary(
-            update="u", base_round=0, weight=weight, examples=1, steps=1, lr_sum=1, metrics=metrics, seconds=1, bytes=1
-        )
-
-    found = weighted_metrics({"a": site(1, x=1.0, y=None), "b": site(3, x=5.0), "c": site(2, y=None)})
+    found = weighted_metrics([(1.0, {"x": 1.0, "y": None}), (3.0, {"x": 5.0}), (2.0, {"y": None})])
     assert found == {"x": 4.0, "y": None}  # (1·1 + 3·5)/4; nobody knows y
 
 

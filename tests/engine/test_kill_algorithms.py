@@ -25,6 +25,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "fednova": {"kind": "fednova", "momentum": 0.9},
     "feddyn": {"kind": "feddyn", "alpha": 0.1},
     "qfedavg": {"kind": "qfedavg"},
+    "a task": {"kind": "task", "function": "tests.builders:summed", "reduction": "sum", "shared": ["sum"]},
     "personal, median": {"kind": "fedavg", "personal": ["1.*"], "reduction": "median"},
 }
 

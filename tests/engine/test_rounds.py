@@ -25,7 +25,8 @@ from fedflow.engine import (
     start_run,
     survey,
 )
-from fedflow.engine.rounds import Survey, best_round, recording_outcome, stops_early
+from fedflow.engine.best import best_round, stops_early
+from fedflow.engine.rounds import Survey, recording_outcome
 from fedflow.engine.site import SiteWork
 from fedflow.errors import (
     OpeningClosed,
@@ -279,13 +280,12 @@ def found(*accepted: str, rejected: tuple[str, ...] = ()) -> Survey:
     ],
 )
 def test_a_round_closes_when_all_answered_or_at_its_deadline_or_a_grace_after_its_quorum(
-    tmp_path: Path, seen: Survey, given_up: list[str], quorum_since: float | None, minutes: float, expected: str | None
+    seen: Survey, given_up: list[str], quorum_since: float | None, minutes: float, expected: str | None
 ) -> None:
-    journal = start_run(ObjectStore("memory://may-close"), "run", recipe(), ["a", "b", "c"])
-    plan, _ = opened(journal)
     since = None if quorum_since is None else NOW + timedelta(minutes=quorum_since)
     at, grace = NOW + timedelta(minutes=minutes), timedelta(minutes=1)
-    assert may_close(plan, OPENING, seen, given_up=given_up, quorum_since=since, grace=grace, at=at) == expected
+    found = may_close({"a", "b", "c"}, OPENING, seen, given_up=given_up, quorum_since=since, grace=grace, at=at)
+    assert found == expected
 
 
 # -- closing and commit ------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import pickle
 import zipfile
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fedflow.errors import CheckpointError, ResolveError
-from fedflow.local.model import build_model, load_checkpoint, load_groups, model_groups
+from fedflow.local.model import Copies, build_model, load_checkpoint, load_groups, model_groups
 from tests.builders import Tiny, recipe, run
 
 
@@ -47,6 +48,69 @@ def test_loading_groups_keeps_ties() -> None:
     model = Tied()
     load_groups(model, model_groups(Tied()) | {"params": {"embed.weight": torch.ones(5, 3)}})
     assert model.head.weight is model.embed.weight and model.head.weight.eq(1).all()
+
+
+class Knotted(nn.Module):
+    """Modules in lists, a way back to itself, methods, a cache that two share, a hook, a part that copies itself in its own way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tied, self.normed, self.own_way = Tied(), nn.BatchNorm1d(3), OwnWay()
+        self.again = self.tied.body
+        self.listed, self.parents, self.method = [self.normed, self.tied], {"me": self}, self.tied.forward
+        self.cache: dict[str, Any] = {}
+        self.normed.cache = self.cache
+        self.activation, self.sizes, self.name = torch.relu, (3, 5), "knotted"
+        self.normed.register_forward_hook(_double)
+
+
+class OwnWay(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OwnWay:
+        memo[id(self)] = new = OwnWay()
+        new.load_state_dict({name: tensor + 1 for name, tensor in self.state_dict().items()})
+        return new
+
+
+def _double(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return 2 * output
+
+
+def test_copies_of_a_module_are_deep_copies() -> None:
+    """As copy.deepcopy makes them: nothing that can change is shared with the first, and what is one thing stays one."""
+    built: list[nn.Module] = []
+
+    def build() -> nn.Module:
+        built.append(Knotted())
+        return built[-1]
+
+    copies = Copies(build)
+    first, one, two = copies(), copies(), copies()
+    assert built == [first] and len({id(m) for m in (first, one, two)}) == 3
+    expected = copy.deepcopy(first).state_dict()
+    own = {name for name in expected if name.startswith("own_way")}
+    for found in (one, two):
+        assert isinstance(found, Knotted)
+        state = found.state_dict()
+        assert list(state) == list(expected)
+        assert all(torch.equal(state[name], expected[name]) for name in expected.keys() - own)
+        assert found.tied.head.weight is found.tied.embed.weight and found.again is found.tied.body
+        assert found.listed[0] is found.normed and found.listed[1] is found.tied and found.parents["me"] is found
+        assert found.method.__self__ is found.tied and found.normed.cache is found.cache is not first.cache
+        assert not found.tied.body.weight.requires_grad and found.tied.embed.weight.requires_grad
+        assert [list(group) for group in model_groups(found).values()] == [
+            list(g) for g in model_groups(first).values()
+        ]
+        inputs = torch.randn(4, 3)
+        torch.testing.assert_close(
+            found.normed(inputs), 2 * nn.functional.batch_norm(inputs, None, None, training=True)
+        )
+        assert found.normed.num_batches_tracked == 1
+    tensors = [t for m in (first, one, two) for t in (*m.parameters(), *m.buffers())]
+    assert len({t.data_ptr() for t in tensors}) == len(tensors)
+    assert first.normed.num_batches_tracked == 0
 
 
 def test_what_does_not_fit_is_listed_and_changes_nothing() -> None:

@@ -206,6 +206,50 @@ def test_fast_numerics_do_not_insist_on_determinism() -> None:
         assert not torch.are_deterministic_algorithms_enabled()
 
 
+class Conv(nn.Module):
+    """Three channels of 6×6 in, three classes out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 5, 3, padding=1), nn.BatchNorm2d(5), nn.Linear(5 * 36, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        assert images.is_contiguous(memory_format=torch.channels_last) == (not self.conv.weight.is_contiguous())
+        return self.head(self.norm(self.conv(images)).relu().flatten(1))  # type: ignore[no-any-return]
+
+
+class Viewing(Conv):
+    """As is often written: a view, which only the ordinary layout has."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.norm(self.conv(images)).relu().view(len(images), -1))  # type: ignore[no-any-return]
+
+
+def on_images(model: type[nn.Module], deterministic: str) -> LocalResult:
+    images = torch.randn(20, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+    work = TensorWorkload(images, torch.arange(20) % 3)
+    settings = LocalTraining(batch_size=8, optimizer=Optimizer(lr=0.1, momentum=0.9))
+    numerics = Numerics.model_validate({"deterministic": deterministic})
+    return LocalTrainer(model, work, settings, numerics).train(broadcast(model), CONTEXT)
+
+
+def test_fast_convolutions_have_their_channels_last_and_send_the_ordinary_layout() -> None:
+    fast, exact = on_images(Conv, "fast"), on_images(Conv, "bitwise")
+    assert (fast.numerics["memory_format"], "memory_format" in exact.numerics) == ("channels_last", False)
+    for group, tensors in exact.groups.items():
+        for name, tensor in tensors.items():
+            assert fast.groups[group][name].is_contiguous()
+            torch.testing.assert_close(fast.groups[group][name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_that_needs_the_ordinary_layout_is_trained_in_it(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "fedflow.local.training"):
+        results = [on_images(Viewing, "fast") for _ in range(2)]
+    assert len(caplog.records) == 1 and "without channels_last" in caplog.text
+    assert [digest(result) for result in results] == [digest(on_images(Viewing, "bitwise"))] * 2
+    assert "memory_format" not in results[0].numerics
+
+
 def test_an_update_says_what_decided_its_bits() -> None:
     found = recorded(Numerics(threads=1))
     assert found.keys() == {"torch", "cpu", "machine", "device", "threads", "deterministic"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,18 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from fedflow.environments.base import Run
 from fedflow.environments.poc import PocEnv
 from fedflow.environments.prod import ProdEnv
-from fedflow.prefect.worker import CoordinatorWorker, command
 from fedflow.recipe import Federation, Recipe
 from fedflow.testing.faults import Fault, watching
 from tests import builders
+from tests.deployed import ROOT, Deployed
 from tests.servers import PrefectServer, S3Server
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="session")
@@ -99,33 +95,10 @@ def prod(
 ) -> Iterator[ProdEnv]:
     """As users deploy it: a Prefect server on PostgreSQL, an S3 store, workers started by the documented commands."""
     home = tmp_path_factory.mktemp("prod")
-    store = f"s3://{s3.new_bucket()}/federation"
-    federation = Federation.of(3, store=store)
-    paths = os.pathsep.join([str(own_algorithm), str(ROOT)])
-    environment = {**os.environ, **prefect_api.env, **s3.env, "PREFECT_WORKER_QUERY_SECONDS": "1", "PYTHONPATH": paths}
-    commands = [command(federation.coordinator_pool, "coordinator", CoordinatorWorker)]
-    for name in federation.names:
-        config = home / f"{name}.yaml"
-        fields = {"name": name, "store": store, "state": str(home / name)}
-        config.write_text(yaml.safe_dump(fields | (own_flow(home / "own") if name == "site-3" else {})))
-        commands.append([sys.executable, "-m", "fedflow.cli", "site", "start", "--config", str(config)])
-    before = dict(os.environ)
-    os.environ |= s3.env  # the coordinator's side of this test reads the same store
-    env = ProdEnv(federation, home=home, api_url=prefect_api.url)
-    env.deploy()
-    with (home / "workers.log").open("wb") as log:
-        workers = [
-            subprocess.Popen(c, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-            for c in commands
-        ]
-        try:
-            yield env
-        finally:
-            for worker in workers:
-                os.killpg(worker.pid, signal.SIGKILL)
-                worker.wait()
-            os.environ.clear()
-            os.environ.update(before)
+    paths = {"PYTHONPATH": os.pathsep.join([str(own_algorithm), str(ROOT)])}
+    fields = {"site-3": own_flow(home / "own")}
+    with Deployed(home, prefect_api, s3, environment=paths, fields=fields) as deployed:
+        yield deployed.env
 
 
 @pytest.fixture(scope="session")

@@ -11,10 +11,12 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey, FlowRunFilter, FlowRunFilterTags
 from prefect.client.schemas.objects import StateType
 from prefect.states import Cancelling
 
+from fedflow.engine.results import read_result
 from fedflow.environments import SimEnv
 from fedflow.environments.poc import PocEnv
 from fedflow.environments.prod import ProdEnv
@@ -81,6 +83,34 @@ def test_the_ui_shows_every_round_site_and_exclusion(poc: Poc) -> None:
         assert max(float(a.data) for a in progress) == 100
         report = client.read_artifacts(artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=["shown-report"])))
         assert summary.model_digest in report[0].data
+
+
+FOUND: dict[str, dict[str, Any]] = {
+    "task": {"algorithm": {"kind": "task", "function": "tests.builders:summed", "reduction": "sum", "shared": ["sum"]}},
+    "statistics": {"algorithm": "statistics", "workload": "tests.builders:table", "rounds": 1},
+    "evaluation": {
+        "algorithm": {"kind": "evaluation", "cross_site": True},
+        "workload": "tests.builders:HeldOut",
+        "rounds": 1,
+    },
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_what_a_run_finds_besides_a_model_is_the_same_deployed_and_is_shown(poc: Poc, name: str) -> None:
+    """In one phase or two; the round's artifact has it, for people and as JSON."""
+    recipe = builders.recipe(**FOUND[name])
+    expected = read_result(builders.run(recipe, name=name))
+    run = poc.execute(recipe, name)
+    run.result(MINUTES)
+    found = read_result(run.journal)
+    assert found.values == expected.values and found.tensors.keys() == expected.tensors.keys()
+    assert all(torch.equal(tensor, found.tensors[n]) for n, tensor in expected.tensors.items())
+    with connect(poc.env.api_url) as client:
+        shown = client.read_artifacts(artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=[f"{name}-result"])))
+    page = max(shown, key=lambda a: a.created).data
+    told = {"task": '"sum": "float64[4]"', "statistics": "| data / x | 60 |", "evaluation": "| server:last |"}
+    assert told[name] in page and "```json" in page
 
 
 def test_nothing_that_prefect_keeps_is_pickled(poc: Poc) -> None:

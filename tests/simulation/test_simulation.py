@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 from torch import Tensor, nn
 
+from fedflow.algorithms import FedAvg
 from fedflow.engine import simulate as reference
 from fedflow.engine.summary import summarize
 from fedflow.errors import QuorumLost, SiteStateLost, UserError
@@ -24,7 +26,9 @@ from fedflow.recipe import Recipe
 from fedflow.simulation.engine import simulate
 from fedflow.store.journal import Journal
 from fedflow.store.objects import ObjectStore
+from fedflow.store.records import Manifest
 from fedflow.testing.faults import Fault, fail_at
+from fedflow.types import Aggregate, RoundContext
 from tests.builders import SITES, Blobs, Tiny, bits, head, recipe, trainings
 
 UNEVEN: Mapping[str, Any] = {
@@ -76,6 +80,23 @@ def test_a_cohort_larger_than_what_may_wait_to_be_reduced() -> None:
     sites = [f"site-{i:03}" for i in range(1, 81)]
     wide = recipe(rounds=1, training={"steps": 1, "batch_size": 4, "optimizer": {"lr": 0.1}})
     assert bits(simulate(wide, sites, workers=2)) == bits(reference(wide, sites))
+
+
+class Odd(Blobs):
+    """Every seventh site diverges, so that most blocks of the others are not those that were dealt out."""
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        loss = super().loss(model, batch)
+        return loss * float("inf") if int(self.site.removeprefix("site-")) % 7 == 0 else loss
+
+
+def test_excluded_sites_within_blocks_change_no_bit() -> None:
+    sites = [f"site-{i:03}" for i in range(1, 151)]
+    once = {"steps": 1, "batch_size": 4, "optimizer": {"lr": 0.1}}
+    odd = recipe(rounds=1, training=once, quorum=100, workload="tests.simulation.test_simulation:Odd")
+    found, wanted = simulate(odd, sites, workers=2), reference(odd, sites)
+    assert len(head(found).contributors) == 150 - 21
+    assert bits(found) == bits(wanted)
 
 
 class Wide(nn.Sequential):
@@ -178,14 +199,16 @@ def test_a_killed_simulation_goes_on_to_the_same_bytes(fault: Fault, undisturbed
 
 def test_no_process_outlives_a_killed_simulation(tmp_path: Path) -> None:
     assert simulated(tmp_path, STATEFUL, fail_at("manifest", round=0)) == -signal.SIGKILL
-    while any(str(tmp_path).encode() in command for command in _commands()):
-        time.sleep(0.1)
+    for process in _processes(str(tmp_path)):
+        with contextlib.suppress(ProcessLookupError):
+            select.select([os.pidfd_open(process)], [], [])  # returns when it has ended
 
 
-def _commands() -> Iterator[bytes]:
+def _processes(argument: str) -> Iterator[int]:
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
-            yield path.read_bytes()
+            if argument.encode() in path.read_bytes():
+                yield int(path.parent.name)
 
 
 def test_more_rounds_go_on_from_where_the_run_ended(tmp_path: Path, undisturbed: Journal) -> None:
@@ -218,6 +241,16 @@ def test_a_worker_that_is_killed_loses_no_update(undisturbed: Journal, tmp_path:
     assert [len(r.sites) for r in summarize(there(tmp_path)).rounds] == [2, 2, 2]
 
 
+def test_a_worker_that_is_killed_while_it_has_nothing_to_do_is_replaced(undisturbed: Journal) -> None:
+    def kill(manifest: Manifest) -> None:
+        for child in multiprocessing.active_children() if manifest.round == 0 else ():
+            child.kill()
+            child.join()
+
+    with_killing = simulate(recipe(**STATEFUL), SITES, workers=2, on_commit=kill)
+    assert bits(with_killing) == bits(undisturbed)
+
+
 class Deadly(Blobs):
     """Whoever trains site 2 dies."""
 
@@ -234,6 +267,18 @@ def test_a_site_over_which_processes_die_is_excluded() -> None:
     assert "its process died 3 times (exit code -9)" in found.excluded["site-2"]
     others = simulate(recipe(quorum=2, rounds=1), ["site-1", "site-3"], backend="debug")
     assert found.model_digest == head(others).model_digest
+
+
+class Fatal(Blobs):
+    """Its module ends every process that makes one."""
+
+    def __init__(self, site: str) -> None:
+        os._exit(7)
+
+
+def test_processes_that_die_over_every_site_lose_the_quorum() -> None:
+    with pytest.raises(QuorumLost, match=r"site-1: its process died 3 times \(exit code 7\)"):
+        simulate(recipe(workload="tests.simulation.test_simulation:Fatal"), SITES, workers=2)
 
 
 # -- sites that fail ---------------------------------------------------------------------------------------------------
@@ -287,6 +332,56 @@ def test_below_the_quorum_the_run_stops_and_goes_on_when_the_site_is_back(tmp_pa
     assert there(tmp_path).committed() == []
     (tmp_path / "broken").unlink()
     assert head(simulate(broken, SITES, **options)).model_digest == head(reference(recipe(), SITES)).model_digest
+
+
+class Wordy(Blobs):
+    """Site 2 says something that is no number."""
+
+    def evaluate(self, model: nn.Module) -> dict[str, Any]:
+        return {"accuracy": "splendid" if self.site == "site-2" else 1.0}
+
+
+def test_a_metric_that_is_no_number_excludes_its_site() -> None:
+    wordy = recipe(workload="tests.simulation.test_simulation:Wordy", quorum=2, rounds=1)
+    found = head(simulate(wordy, SITES, workers=2))
+    assert sorted(found.contributors) == ["site-1", "site-3"]
+    assert "ValueError: could not convert string to float: 'splendid'" in found.excluded["site-2"]
+
+
+@pytest.mark.parametrize("reduction", ["geometric_median", {"kind": "trimmed_mean", "byzantine": 1}])
+def test_too_few_updates_for_a_robust_reduction_are_a_lost_quorum(reduction: Any, tmp_path: Path) -> None:
+    robust = failing(tmp_path, "raises", algorithm={"kind": "fedavg", "reduction": reduction}, quorum=3)
+    with pytest.raises(QuorumLost, match=r"round 0: found 2 valid updates, expected 3; missing: site-2"):
+        simulate(robust, SITES, workers=2)
+
+
+def test_more_memory_than_there_is_is_said_before_anything_starts() -> None:
+    wide = recipe(model="tests.simulation.test_simulation:Wide")
+    with pytest.raises(
+        UserError,
+        match=r"workers: found '9000000, which .* need at least [\d.]+ GiB of memory', expected .*at most the [\d.]+ GiB",
+    ):
+        simulate(wide, SITES, workers=9_000_000)
+
+
+class Stuck(FedAvg):
+    """Its server cannot."""
+
+    def server_update(self, state: Any, aggregate: Aggregate, ctx: RoundContext) -> Any:
+        raise RuntimeError("no")
+
+
+def test_an_algorithm_that_raises_at_the_server_leaves_no_process_behind() -> None:
+    before = set(multiprocessing.active_children())
+    with pytest.raises(RuntimeError, match="no"):
+        simulate(recipe(algorithm="tests.simulation.test_simulation:Stuck"), SITES, workers=2)
+    assert set(multiprocessing.active_children()) <= before
+
+
+def test_a_book_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    (tmp_path / "book.sqlite").write_text("a shopping list, and a long one, which is no database at all" * 20)
+    with pytest.raises(UserError, match=r"book: found '.*book.sqlite', expected a file that fedflow wrote, or none"):
+        simulate(recipe(), SITES, book=tmp_path / "book.sqlite", backend="debug")
 
 
 def test_sites_that_are_not_given_again_are_absent(tmp_path: Path) -> None:

@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedflow.engine.summary import RoundSummary, RunSummary
-from fedflow.errors import UserError, field_error
+from fedflow.errors import UserError
+from fedflow.plot.figure import check_picture, panels_of, save, tidy
 from fedflow.types import SiteId
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["SUFFIXES", "plot_run"]
-
-SUFFIXES = (".png", ".svg", ".pdf")
+__all__ = ["plot_run"]
 
 _PANELS = 4  # metrics that are drawn; the key metric is the first
 _PALETTE = ("C0", "C1", "C2", "C4", "C5", "C6", "C8", "C9")  # the first sites'; red and grey mean something else
@@ -33,27 +32,19 @@ def plot_run(summary: RunSummary, out: Path) -> Path:
     Raises UserError for another suffix, a run without a committed round, a place that cannot be written, or where
     matplotlib is not installed.
     """
-    if out.suffix not in SUFFIXES:
-        raise UserError(field_error("OUT", str(out), f"a name that ends in one of {', '.join(SUFFIXES)}", "rename it"))
+    check_picture(out)
     if not summary.rounds:
         raise UserError(f"{summary.run}: found no committed round, expected at least one to draw; resume the run")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("plots: found no matplotlib, expected it; pip install 'fedflow[plot]'") from error
     names = _metric_names(summary)[:_PANELS]
     rows = min(len(summary.sites), _ROWS)
     heights = [3.4] + [2.2] * (len(names) - 1) + [0.5 + 0.22 * rows]
-    figure = Figure(figsize=(9, sum(heights) + 0.6), layout="constrained")
-    *panels, chart = figure.subplots(
-        len(heights), 1, sharex=True, gridspec_kw={"height_ratios": heights}, squeeze=False
-    ).flatten()
+    figure, [*panels, chart] = panels_of(heights)
     for name, axes in zip(names, panels, strict=True):
         _draw_metric(axes, summary, name)
     _mark_best(panels, summary)
     _draw_participation(chart, summary)
     _finish(figure, panels, summary)
-    return _save(figure, out)
+    return save(figure, out)
 
 
 def _metric_names(summary: RunSummary) -> list[str]:
@@ -85,10 +76,7 @@ def _draw_metric(axes: Axes, summary: RunSummary, name: str) -> None:
     _draw(axes, [r.metrics.get(name) for r in rounds], color=_MEAN, lw=1.6, ls="--", marker=dots, zorder=4)
     server = [(r.evaluation or {}).get(name) for r in rounds]
     _draw(axes, server, color=_SERVER, lw=2.4, marker=dots and "o", ms=4, zorder=5)
-    axes.set_ylabel(name)
-    axes.grid(alpha=0.25)
-    axes.margins(y=0.1)
-    axes.spines[["top", "right"]].set_visible(False)
+    tidy(axes, name)
 
 
 def _draw(axes: Axes, values: Sequence[float | None], **style: Any) -> None:
@@ -181,15 +169,3 @@ def _legend(summary: RunSummary) -> list[object]:
     if any(r.excluded for r in summary.rounds):
         handles.append(Line2D([], [], color=_OUT, ls="", marker="x", mew=2, label="excluded"))
     return handles
-
-
-def _save(figure: Figure, out: Path) -> Path:
-    from matplotlib import rc_context
-
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with rc_context({"svg.fonttype": "none"}):  # text stays text
-            figure.savefig(out, dpi=130)
-    except OSError as error:
-        raise UserError(field_error("OUT", str(out), "a place that can be written", f"{error.strerror}")) from error
-    return out

@@ -1,0 +1,1 @@
+"""What a run survives, tried on real servers: `python -m benchmarks.chaos`."""

@@ -1,0 +1,183 @@
+"""Deployed rounds without training: what dispatching costs, with Prefect's stock process workers and with fedflow's.
+
+    python -m benchmarks.dispatch [--sites 1 2 4 8] [--rounds 20] [--types process fedflow-site] [--plot dispatch.png]
+
+A PocEnv for each: a real Prefect server (on PostgreSQL with the extra `poc`), a worker a site, the coordinator's, all on this
+machine. A site takes one step on a model of four numbers. Printed, a line each:
+seconds: of a round, from its plan to its commit: median, and 10th and 90th percentile; between: from one commit to the next;
+CPU seconds of a round: a site's worker and all that it started (mean of the sites); the coordinator's; server and database;
+requests: at the API, a round, of everybody together.
+The first round is not counted: it warms the workers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import re
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from fedflow.environments.base import Run
+from fedflow.environments.poc import QUIET, PocEnv
+from fedflow.local import FunctionWorkload
+from fedflow.recipe import Federation, Recipe
+from fedflow.store.journal import Journal
+
+REQUEST = re.compile(rb'"(?:GET|POST|PATCH|PUT|DELETE) /api/')  # a line of the server's access log
+
+
+class Small(nn.Module):
+    """Four parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(4))
+
+
+def step(model: Small, data: list[float], config: Any) -> None:
+    model.weight.grad = torch.ones(4)
+    torch.optim.SGD(model.parameters(), lr=data[0]).step()
+
+
+def one_step() -> FunctionWorkload:
+    return FunctionWorkload(step, [0.1])
+
+
+class Spent:
+    """CPU seconds so far of an environment's processes, and of all that they started: by role."""
+
+    def __init__(self, env: PocEnv) -> None:
+        self.of = {_role(p.args): _cpu(p.pid) for p in env.processes()}
+        workers = {p.pid for p in env.processes()}
+        others = [c.pid for c in psutil.Process().children() if c.pid not in workers]
+        self.of["server"] = sum(_cpu(pid) for pid in others)
+        self.requests = len(REQUEST.findall((env.server.home / "server.log").read_bytes()))
+
+    def since(self, before: Spent, sites: Sequence[str], rounds: int) -> dict[str, float]:
+        """What a round took since then."""
+        spent = {role: (seconds - before.of[role]) / rounds for role, seconds in self.of.items()}
+        return {
+            "site": round(statistics.mean(spent[site] for site in sites), 3),
+            "coordinator": round(spent["coordinator"], 3),
+            "server": round(spent["server"], 3),
+        }
+
+
+def _role(args: Any) -> str:
+    return str(args[args.index("--pool") + 1])
+
+
+def _cpu(pid: int) -> float:
+    """Of a process, of what it started and of what of that has ended."""
+    total = 0.0
+    for process in (psutil.Process(pid), *psutil.Process(pid).children(recursive=True)):
+        try:
+            times = process.cpu_times()
+        except psutil.NoSuchProcess:
+            continue
+        total += times.user + times.system + times.children_user + times.children_system
+    return total
+
+
+def measure(kind: str, sites: int, rounds: int, home: Path) -> dict[str, Any]:
+    """A run of `rounds` rounds and the first one over that many sites with workers of that type."""
+    recipe = Recipe.load(
+        {
+            "name": "no-op",
+            "model": "benchmarks.dispatch:Small",
+            "workload": "benchmarks.dispatch:one_step",
+            "rounds": rounds + 1,
+        }
+    )
+    with PocEnv(Federation.of(sites), home=home, site_type=kind) as env:
+        run = env.execute(recipe)
+        _await(run, 0)
+        before = Spent(env)
+        _await(run, rounds)
+        after = Spent(env)
+        run.result()
+        seconds, between = _seconds(run.journal, rounds)
+        shares = statistics.quantiles(seconds, n=10) if len(seconds) > 1 else seconds * 9
+        return {
+            "workers": kind,
+            "sites": sites,
+            "seconds": round(statistics.median(seconds), 2),
+            "10-90 %": [round(shares[0], 2), round(shares[-1], 2)],
+            "between": round(statistics.median(between), 2),
+            "CPU": after.since(before, env.federation.names, rounds),
+            "requests": round((after.requests - before.requests) / rounds, 1),
+        }
+
+
+def _await(run: Run, number: int) -> None:
+    """Until that round is committed: seen in the store, for the API has enough to do."""
+    looks = 0
+    while run.journal.manifest(number, "train") is None:
+        time.sleep(0.05)
+        looks += 1
+        if looks % 200 == 0 and run.status() != "running":
+            run.result()
+
+
+def _seconds(journal: Journal, rounds: int) -> tuple[list[float], list[float]]:
+    """Of the rounds after the first one: from plan to commit, and from commit to commit."""
+    held = [m for m in (journal.manifest(number, "train") for number in range(rounds + 1)) if m]
+    pairs = itertools.pairwise(held)
+    return (
+        [(m.committed - m.opened).total_seconds() for m in held[1:] if m.opened],
+        [(m.committed - before.committed).total_seconds() for before, m in pairs],
+    )
+
+
+def plot(measured: list[dict[str, Any]], path: str) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 3), layout="constrained")
+    axes = figure.subplots()
+    for kind in dict.fromkeys(m["workers"] for m in measured):
+        of = [m for m in measured if m["workers"] == kind]
+        spread = [[abs(m["seconds"] - m["10-90 %"][side]) for m in of] for side in (0, 1)]
+        axes.errorbar(
+            [m["sites"] for m in of], [m["seconds"] for m in of], spread, marker="o", capsize=3, label=f"{kind} workers"
+        )
+    axes.set(xlabel="sites", ylabel="seconds from plan to commit", yscale="log")
+    axes.legend()
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sites", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--types", nargs="+", default=["process", "fedflow-site"])
+    parser.add_argument("--plot")
+    options = parser.parse_args()
+    QUIET["PREFECT_LOGGING_SERVER_LEVEL"] = "INFO"  # its access log is what counts the requests
+    os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
+    measured: list[dict[str, Any]] = []
+    for sites in options.sites:
+        for kind in options.types:
+            with tempfile.TemporaryDirectory() as home:
+                measured.append(measure(kind, sites, options.rounds, Path(home)))
+            print(json.dumps(measured[-1]), flush=True)
+        times = {m["workers"]: m["seconds"] for m in measured if m["sites"] == sites}
+        if len(times) == 2:
+            slow, quick = times.values()
+            print(f"{sites} sites: {slow / quick:.1f} times as quick", flush=True)
+    if options.plot:
+        plot(measured, options.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""Locks of this machine that end with their holder, however it dies."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+__all__ = ["held", "holder", "remove"]
+
+
+def _path(name: str) -> Path:
+    folder = Path(tempfile.gettempdir()) / f"fedflow-locks-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder / name
+
+
+@contextlib.contextmanager
+def held(name: str) -> Iterator[None]:
+    """Hold the lock of that name; a second process that asks for it waits."""
+    handle = os.open(_path(name), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        os.ftruncate(handle, 0)
+        os.write(handle, str(os.getpid()).encode())
+        yield
+    finally:
+        os.close(handle)
+
+
+def holder(name: str) -> int | None:
+    """The process that holds the lock of that name; None where nobody does."""
+    try:
+        handle = os.open(_path(name), os.O_RDWR | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return None
+    except BlockingIOError:
+        return int(os.read(handle, 20) or b"0") or None
+    finally:
+        os.close(handle)
+
+
+def remove(name: str) -> None:
+    """Forget a lock that nobody will ask for any more."""
+    _path(name).unlink(missing_ok=True)

@@ -1,0 +1,115 @@
+"""How the sites of a federation are: who is there, what each runs, what became of its last rounds. As the Prefect API knows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from prefect.artifacts import create_table_artifact
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.filters import FlowFilter, FlowFilterName, FlowRunFilter, FlowRunFilterTags
+from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.sorting import FlowRunSort
+
+from fedflow.prefect.api import Taker, presence, taker
+from fedflow.prefect.artifacts import artifact_key
+from fedflow.prefect.dispatch import SITE_FLOW
+from fedflow.recipe import Federation, FederationSite
+from fedflow.types import SiteId
+
+__all__ = ["SiteStatus", "deployed_sites", "look", "publish_sites"]
+
+LAST = 10
+"""Flow runs of a site that are looked at."""
+EVERY = 60.0
+"""Seconds at least between two tables in the UI: each takes three requests a site."""
+
+_FAILED = (StateType.FAILED, StateType.CRASHED)
+_OVER = (StateType.COMPLETED, StateType.CANCELLED, *_FAILED)
+
+
+@dataclass(frozen=True)
+class SiteStatus:
+    """One site.
+
+    seen: its worker's last heartbeat; absent: why it cannot be asked, None where it can
+    took: the newest of its flow runs that a worker took
+    doing: the flow runs that it has now; rounds: how the last ones ended, the newest first; failures: how many failed of them
+    """
+
+    site: SiteId
+    seen: datetime | None
+    absent: str | None
+    took: Taker | None
+    doing: tuple[str, ...]
+    rounds: tuple[str, ...]
+    failures: int
+
+    def row(self) -> dict[str, str]:
+        """Column -> what it shows."""
+        return {
+            "site": self.site,
+            "worker": "there" if self.absent is None else self.absent,
+            "last seen": f"{self.seen:%Y-%m-%d %H:%M:%S} UTC" if self.seen else "never",
+            "version": f"fedflow {self.took.fedflow}, Prefect {self.took.prefect}" if self.took else "",
+            "machine": self.took.host if self.took else "",
+            "runs": "; ".join(self.doing),
+            "last rounds": "; ".join(self.rounds),
+            "failures": f"{self.failures} of the last {LAST}" if self.failures else "",
+        }
+
+
+def deployed_sites(client: SyncPrefectClient) -> list[FederationSite]:
+    """Every site that has a deployment on the server."""
+    flow = FlowFilter(name=FlowFilterName(any_=[SITE_FLOW]))
+    found: list[FederationSite] = []
+    while page := client.read_deployments(flow_filter=flow, limit=200, offset=len(found)):
+        found += [FederationSite(name=d.name, pool=d.work_pool_name) for d in page]
+    return sorted(found, key=lambda site: site.name)
+
+
+def look(client: SyncPrefectClient, sites: Sequence[FederationSite]) -> list[SiteStatus]:
+    """Each site, in three requests."""
+    return [_look(client, site) for site in sites]
+
+
+def _look(client: SyncPrefectClient, site: FederationSite) -> SiteStatus:
+    newest_first = FlowRunSort.EXPECTED_START_TIME_DESC
+    ours = FlowRunFilter(tags=FlowRunFilterTags(all_=["fedflow", f"site:{site.name}"]))
+    runs = client.read_flow_runs(flow_run_filter=ours, sort=newest_first, limit=LAST)
+    over = [run for run in runs if run.state_type in _OVER]
+    took = next(
+        (found for run in runs if run.state_type != StateType.SCHEDULED and (found := taker(client, run))), None
+    )
+    seen, absent = presence(client, site.work_pool)
+    return SiteStatus(
+        site=site.name,
+        seen=seen,
+        absent=absent,
+        took=took,
+        doing=tuple(f"{run.name} ({run.state_name})" for run in runs if run.state_type not in _OVER),
+        rounds=tuple(f"{run.name.removesuffix(f' · {site.name}')}: {_ended(run)}" for run in over[:3]),
+        failures=sum(run.state_type in _FAILED for run in over),
+    )
+
+
+def _ended(run: FlowRun) -> str:
+    message = " ".join((run.state.message or "").split()) if run.state and run.state_type in _FAILED else ""
+    return f"{run.state_name}: {message[:120]}" if message else str(run.state_name)
+
+
+_published: dict[str, float] = {}
+"""Federation -> when its table was published, or first asked for."""
+
+
+def publish_sites(client: SyncPrefectClient, federation: Federation, *, last: bool = False) -> None:
+    """The table in the UI: once a minute, and at the end of a run."""
+    if not last and time.monotonic() - _published.setdefault(federation.name, time.monotonic()) < EVERY:
+        return
+    _published[federation.name] = time.monotonic()
+    rows = [status.row() for status in look(client, federation.sites)]
+    absent = sum(row["worker"] != "there" for row in rows)
+    described = f"{federation.name}: {len(rows)} sites, {absent} absent"
+    create_table_artifact(table=rows, key=artifact_key(federation.name, "sites"), description=described)

@@ -1,0 +1,274 @@
+"""A site's worker on a real server: it runs what its owner registered, within the owner's limits, and asks for work as often
+as there is some."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from prefect import Flow, flow
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.actions import DeploymentUpdate, WorkPoolCreate
+from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.states import Cancelling, Crashed, Pending
+
+from fedflow import __version__
+from fedflow.prefect.api import Taker
+from fedflow.prefect.deploy import deploy_federation
+from fedflow.prefect.pace import Pace
+from fedflow.prefect.sites import LAST, deployed_sites, look
+from fedflow.recipe import Federation
+from tests.deployed import ROOT, Worker, awaited
+from tests.servers import PrefectServer
+
+pytestmark = pytest.mark.timeout(600)
+
+SECONDS = 240.0
+HERE = "tests.prefect.test_worker"
+
+
+@flow(name="fedflow-site", persist_result=False)
+def local_training(file: str, mebibytes: int = 0, hangs: bool = False) -> None:
+    """A site's own flow: writes who runs it, holds memory, hangs."""
+    Path(file).write_text(f"{os.getpid()} {os.getppid()}")
+    held = os.urandom(1 << 20) * mebibytes
+    if hangs or held:
+        threading.Event().wait()
+
+
+@flow(name="foreign", persist_result=False)
+def foreign(file: str) -> None:
+    Path(file).write_text("it ran")
+
+
+@pytest.fixture(scope="module")
+def client(prefect_api: PrefectServer) -> Iterator[SyncPrefectClient]:
+    with SyncPrefectClient(api=prefect_api.url) as client:
+        yield client
+
+
+@contextmanager
+def site(name: str, prefect_api: PrefectServer, home: Path, **fields: Any) -> Iterator[Worker]:
+    """A site's worker, started by the documented command."""
+    config = home / f"{name}.yaml"
+    given = {"name": name, "store": str(home / "store"), "state": str(home / "state"), "flow": f"{HERE}:local_training"}
+    config.write_text(yaml.safe_dump(given | fields))
+    command = [sys.executable, "-m", "fedflow.cli", "site", "start", "--config", str(config)]
+    environment = {**os.environ, **prefect_api.env, "PYTHONPATH": str(ROOT), "PREFECT_WORKER_QUERY_SECONDS": "1"}
+    worker = Worker(name, command, environment, home / f"{name}.log")
+    worker.start()
+    try:
+        yield worker
+    finally:
+        worker.lose()
+
+
+def deploy(client: SyncPrefectClient, pool: str, flow: Flow[Any, Any], **hostile: Any) -> Callable[..., FlowRun]:
+    """A function that starts `flow` on that pool, with what a holder of the API's credential may add."""
+    if pool not in {p.name for p in client.read_work_pools()}:
+        client.create_work_pool(WorkPoolCreate(name=pool, type="fedflow-site", base_job_template={}))
+    deployment = client.create_deployment(
+        client.create_flow(flow), f"{flow.name}-on-{pool}", work_pool_name=pool, parameters={}, **hostile
+    )
+    return lambda **parameters: client.create_flow_run_from_deployment(deployment, parameters=parameters)
+
+
+def ended(client: SyncPrefectClient, run: FlowRun) -> FlowRun:
+    until = time.monotonic() + SECONDS
+    while not (seen := client.read_flow_run(run.id)).state or not seen.state.is_final():  # type: ignore[union-attr]
+        assert time.monotonic() < until, seen.state
+        time.sleep(0.1)
+    return seen
+
+
+def test_a_site_runs_its_own_flow_and_nothing_else(
+    client: SyncPrefectClient, prefect_api: PrefectServer, tmp_path: Path
+) -> None:
+    """Entrypoint, pull steps and job variables that came over the API have no effect; another flow does not run at all."""
+    mine, stolen, other = (tmp_path / name for name in ("mine", "stolen", "other"))
+    hostile = {
+        "entrypoint": f"{HERE}:foreign",
+        "pull_steps": [{"prefect.deployments.steps.run_shell_script": {"script": f"touch {stolen}"}}],
+        "job_variables": {"command": f"touch {stolen}", "env": {"PATH": "/nowhere"}},
+    }
+    with site("hospital", prefect_api, tmp_path) as worker:
+        run = ended(client, deploy(client, "hospital", local_training, **hostile)(file=str(mine)))
+        assert run.state_type == StateType.COMPLETED, worker.log.read_text()
+        assert mine.exists()
+        run = ended(client, deploy(client, "hospital", foreign)(file=str(other)))
+        assert run.state_type == StateType.CRASHED and run.state is not None
+        assert "found 'foreign', expected one of ['fedflow-site']; nothing else runs here" in str(run.state.message)
+        assert not stolen.exists() and not other.exists()
+
+
+def test_a_trainer_that_holds_too_much_memory_is_killed_and_says_why(
+    client: SyncPrefectClient, prefect_api: PrefectServer, tmp_path: Path
+) -> None:
+    file = tmp_path / "held"
+    with site("small", prefect_api, tmp_path, memory_limit="900MiB") as worker:
+        start = deploy(client, "small", local_training)
+        assert ended(client, start(file=str(file))).state_type == StateType.COMPLETED, worker.log.read_text()
+        run = ended(client, start(file=str(file), mebibytes=1000))
+        assert run.state_type == StateType.CRASHED and run.state is not None, worker.log.read_text()
+        assert "expected at most this site's memory_limit, 900 MiB" in str(run.state.message)
+        await_end(int(file.read_text().split()[0]))
+        assert ended(client, start(file=str(file))).state_type == StateType.COMPLETED  # the worker goes on
+
+
+@pytest.mark.parametrize("start_by", ["fork", "spawn"])
+def test_a_trainer_is_forked_or_spawned_and_ends_when_its_flow_run_is_cancelled(
+    start_by: str, client: SyncPrefectClient, prefect_api: PrefectServer, tmp_path: Path
+) -> None:
+    name, file = f"started-by-{start_by}", tmp_path / "who"
+    with site(name, prefect_api, tmp_path, start=start_by):
+        run = deploy(client, name, local_training)(file=str(file), hangs=True)
+        trainer, server = begun(file)
+        command = Path(f"/proc/{trainer}/cmdline").read_bytes()
+        assert (command == Path(f"/proc/{server}/cmdline").read_bytes()) == (start_by == "fork")
+        cancelling = client.read_flow_run(run.id).state
+        assert cancelling is not None and cancelling.is_running()
+
+        client.set_flow_run_state(run.id, Cancelling())
+        assert ended(client, run).state_type == StateType.CANCELLED
+        await_end(trainer)
+
+
+def begun(file: Path) -> tuple[int, int]:
+    """The process that runs the site's flow, once it does, and its parent."""
+    awaited(lambda: file.exists() and bool(file.read_text()), "the site's flow begins")
+    trainer, server = (int(n) for n in file.read_text().split())
+    return trainer, server
+
+
+def test_a_worker_that_is_asked_to_stop_hands_its_flow_run_back(
+    client: SyncPrefectClient, prefect_api: PrefectServer, tmp_path: Path
+) -> None:
+    """Nothing is left running, and nothing `Running`: the coordinator asks anew at once."""
+    file = tmp_path / "who"
+    with site("stopped", prefect_api, tmp_path) as worker:
+        run = deploy(client, "stopped", local_training)(file=str(file), hangs=True)
+        trainer, _ = begun(file)
+        worker.stop()
+        seen = client.read_flow_run(run.id)
+        assert seen.state_type == StateType.CRASHED and seen.state is not None, worker.log.read_text()
+        assert seen.state.message == "its worker was stopped"
+        await_end(trainer)
+
+
+def test_a_worker_that_comes_back_reports_what_was_lost_with_it(
+    client: SyncPrefectClient, prefect_api: PrefectServer, tmp_path: Path
+) -> None:
+    file = tmp_path / "who"
+    with site("lost", prefect_api, tmp_path) as worker:
+        run = deploy(client, "lost", local_training)(file=str(file), hangs=True)
+        begun(file)
+        worker.lose()
+        assert client.read_flow_run(run.id).state_type == StateType.RUNNING
+        worker.start()
+        seen = ended(client, run)
+        assert seen.state_type == StateType.CRASHED and seen.state is not None
+        assert seen.state.message == "its process was lost"
+
+
+def test_a_worker_that_comes_back_looks_after_a_trainer_that_outlived_it(
+    client: SyncPrefectClient, prefect_api: PrefectServer, tmp_path: Path
+) -> None:
+    """It is left alone while it trains, and can still be cancelled."""
+    file, other = tmp_path / "who", tmp_path / "other"
+    with site("outlived", prefect_api, tmp_path) as worker:
+        start = deploy(client, "outlived", local_training)
+        run = start(file=str(file), hangs=True)
+        trainer, _ = begun(file)
+        worker.kill()
+        worker.start()
+        assert ended(client, start(file=str(other))).state_type == StateType.COMPLETED  # the worker is at work again
+        assert client.read_flow_run(run.id).state_type == StateType.RUNNING and Path(f"/proc/{trainer}").exists()
+        client.set_flow_run_state(run.id, Cancelling())
+        assert ended(client, run).state_type == StateType.CANCELLED
+        await_end(trainer)
+
+
+def test_sites_are_shown_with_their_worker_version_and_last_rounds(
+    client: SyncPrefectClient, prefect_api: PrefectServer, tmp_path: Path
+) -> None:
+    """`fedflow sites`: one that works, and one of which nobody was ever seen."""
+    federation = Federation(sites=["shown", "never-started"])  # type: ignore[list-item]
+    deploy_federation(client, federation)
+    tags = ["fedflow", "site:shown"]
+    deployment = client.read_deployment_by_name("fedflow-site/shown")
+    client.update_deployment(deployment.id, DeploymentUpdate(enforce_parameter_schema=False))
+    with site("shown", prefect_api, tmp_path):
+        for name, parameters in (
+            ("r · round 000 · shown", {}),
+            ("r · round 001 · shown", {"mebibytes": "not a number"}),
+        ):
+            given = {"file": str(tmp_path / "file"), **parameters}
+            run = client.create_flow_run_from_deployment(deployment.id, parameters=given, name=name, tags=tags)
+            ended(client, run)
+        seen = {status.site: status for status in look(client, federation.sites)}
+    assert "shown" in [found.name for found in deployed_sites(client)]
+    shown, never = seen["shown"], seen["never-started"]
+    assert shown.absent is None and shown.seen is not None and shown.failures == 1
+    assert shown.took == Taker.here()
+    assert [line.partition(":")[0] for line in shown.rounds] == ["r · round 001", "r · round 000"]
+    assert shown.rounds[1] == "r · round 000: Completed" and shown.rounds[0].startswith("r · round 001: Failed: ")
+    assert never.absent == "no worker on work pool 'never-started'" and never.seen is None and never.rounds == ()
+    command = [sys.executable, "-m", "fedflow.cli", "sites", "shown", "--json"]
+    environment = {**os.environ, **prefect_api.env, "PYTHONPATH": str(ROOT)}
+    printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    (row,) = json.loads(printed)
+    assert (row["site"], row["worker"], row["failures"]) == ("shown", "there", f"1 of the last {LAST}")
+
+
+FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
+
+
+@pytest.mark.skipif(FAKETIME is None, reason="needs Debian's faketime")
+def test_a_site_whose_clock_is_wrong_says_so(prefect_api: PrefectServer, tmp_path: Path) -> None:
+    with site("early", prefect_api, tmp_path) as worker:
+        worker.lose()
+        worker.start(LD_PRELOAD=str(FAKETIME), FAKETIME="-1h", FAKETIME_DONT_FAKE_MONOTONIC="1")
+        awaited(lambda: b"s behind the Prefect server's" in worker.log.read_bytes(), worker.log.read_text())
+
+
+def test_another_version_is_said() -> None:
+    """As the worker says it when it takes a flow run, and the coordinator reads it where that fails."""
+    other = Taker("here", "0.0.1", "3.9")
+    assert Taker.among([Pending(message=str(other)), Crashed(message="-9")]) == other
+    assert (
+        other.differs()
+        == f"found fedflow 0.0.1 there and {__version__} here, expected one version everywhere; install the same"
+    )
+    assert Taker.here().differs() is None
+    assert Taker.among([Pending(), Crashed(message="-9")]) is None
+
+
+def await_end(pid: int) -> None:
+    """Until no such process is left."""
+    until = time.monotonic() + SECONDS
+    while Path(f"/proc/{pid}").exists():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def test_work_is_asked_for_often_while_there_is_some_and_seldom_later() -> None:
+    """0.3 s after the last work; a twentieth of the time since; 5 s at most: of 100 s on."""
+    now = time.monotonic()
+    expected = {0: 0.3, 5: 0.3, 20: 1.0, 60: 3.0, 100: 5.0, 10_000: 5.0}
+    found = {ago: Pace(longest=5, since=now - ago).mean() for ago in expected}
+    assert found == pytest.approx(expected, rel=0.05)
+    assert Pace(longest=5).mean() == 5  # there was none yet
+    pace = Pace(longest=5)
+    pace.worked()
+    waits = [pace.wait() for _ in range(100)]
+    assert all(0.2 <= wait <= 0.45 for wait in waits) and len(set(waits)) > 1  # not everybody at once

@@ -1,0 +1,56 @@
+"""A simulation under fast numerics trains sites together, and comes to the model of the loop within rounding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fedflow.simulation.engine import simulate
+from fedflow.store.journal import Journal
+from fedflow.store.tensors import read_tensors
+from tests.builders import Blobs, head, recipe
+
+SITES = [f"site-{number}" for number in range(1, 8)]
+
+
+class Net(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+
+
+class Failing(Blobs):
+    """Of the third site, whose data cannot be read."""
+
+    def __init__(self, site: str) -> None:
+        super().__init__(site)
+        if site == "site-3":
+            raise OSError("no such volume")
+
+
+def model_of(journal: Journal) -> dict[str, torch.Tensor]:
+    return {n: t for ref in head(journal).model.values() for n, t in read_tensors(journal.store, ref).items()}
+
+
+def simulated(deterministic: str, **changes: Any) -> Journal:
+    fields = {"model": f"{__name__}:Net", "rounds": 3, "numerics": {"deterministic": deterministic}, **changes}
+    return simulate(recipe(**fields), SITES, workers=2)
+
+
+@pytest.mark.parametrize(
+    "algorithm", [{"kind": "fedavg"}, {"kind": "scaffold"}, {"kind": "fedprox", "mu": 0.1}], ids=lambda a: a["kind"]
+)
+def test_it_comes_to_the_model_of_the_loop(algorithm: dict[str, Any]) -> None:
+    fast, exact = (simulated(d, algorithm=algorithm) for d in ("fast", "bitwise"))
+    torch.testing.assert_close(model_of(fast), model_of(exact), rtol=1e-4, atol=1e-5)
+    assert {s: c.steps for s, c in head(fast).contributors.items()} == {
+        s: c.steps for s, c in head(exact).contributors.items()
+    }
+
+
+def test_a_site_that_fails_is_left_out_alone() -> None:
+    journal = simulated("fast", workload=f"{__name__}:Failing", min_sites=2, quorum=6)
+    assert set(head(journal).contributors) == set(SITES) - {"site-3"}
+    assert "no such volume" in head(journal).excluded["site-3"]

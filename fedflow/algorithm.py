@@ -7,6 +7,7 @@ never in `self`, a closure or a process; the engine stores them and commits them
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
@@ -45,6 +46,7 @@ __all__ = [
     "Training",
     "Transform",
     "weighted_mean",
+    "weighted_metrics",
 ]
 
 
@@ -104,6 +106,21 @@ class Evaluated:
     metrics: Mapping[str, float]
     examples: int
     numerics: Mapping[str, Any] = field(default_factory=dict)
+
+    def update(self, ctx: RoundContext, tensors: Groups, scalars: Mapping[str, float] | None = None) -> Update:
+        """This as the update of `ctx.site`, which trained nothing, with `tensors` as its payload."""
+        assert ctx.site is not None
+        return Update(
+            site=ctx.site,
+            base_round=ctx.round,
+            examples=self.examples,
+            steps=0,
+            lr_sum=0.0,
+            tensors=tensors,
+            scalars=scalars or {},
+            metrics=self.metrics,
+            numerics=self.numerics,
+        )
 
 
 @dataclass(frozen=True)
@@ -455,3 +472,13 @@ def weighted_mean(updates: Iterable[Update], weight: Callable[[Update], float]) 
     for update in updates:
         averager.add(update, weight(update))
     return averager.aggregate()
+
+
+def weighted_metrics(reported: Sequence[tuple[float, Mapping[str, float | None]]]) -> dict[str, float | None]:
+    """Weighted mean of every metric over the sites that have it; None where no site does. reported: each site's weight and metrics"""
+    means: dict[str, float | None] = {}
+    for name in sorted({name for _, metrics in reported for name in metrics}):
+        known = [(weight, v) for weight, metrics in reported if (v := metrics.get(name)) is not None]
+        mean = sum(w * v for w, v in known) / sum(w for w, _ in known) if known else math.nan
+        means[name] = mean if math.isfinite(mean) else None
+    return means

@@ -27,6 +27,9 @@ Every error's text says what was found, what was expected and what to do next.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from pathlib import Path
+
 __all__ = [
     "CheckpointError",
     "FedflowError",
@@ -161,6 +164,12 @@ class StoreUnwritable(StoreError):
 
 class KeyEscapesRoot(StoreError):
     """A key that is absolute, has a scheme, or leads out of its root."""
+
+
+def check_suffix(field: str, out: Path, suffixes: Iterable[str]) -> None:
+    """Raises UserError where the name of a file to write ends in none of them."""
+    if out.suffix not in suffixes:
+        raise UserError(field_error(field, str(out), f"a name that ends in one of {', '.join(suffixes)}", "rename it"))
 
 
 def field_error(field: str, found: object, expected: str, fix: str) -> str:

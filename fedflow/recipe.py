@@ -545,7 +545,7 @@ class Recipe(Described):
         """Local training with `site`'s overrides."""
         if site not in self.overrides:
             return self.training
-        return _merged(self.training, self.overrides.get(site, SiteOverrides()).training)
+        return _merged(self.training, self.overrides[site].training)
 
     def workload_args_at(self, site: SiteId) -> dict[str, JsonValue]:
         """Workload arguments with `site`'s overrides."""

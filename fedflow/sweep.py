@@ -276,7 +276,7 @@ def _begun(journal: Journal, trial: Trial) -> bool:
                 "--name", trial.run, "runs of this sweep's recipe", "choose another --name: the recipe has changed"
             )
         )
-    done = sum(phase == known.phases[-1] for _, phase in journal.committed())
+    done = len(journal.rounds(known.phases[-1]))
     if trial.recipe.rounds < done:
         expected = f"at least the {done} that {trial.run} has committed"
         raise RecipeError(field_error("rounds", trial.recipe.rounds, expected, "raise it"))

@@ -227,6 +227,11 @@ class RoundContext:
         seed = derive_seed(run_seed, round, phase, site)
         return cls(run, round, phase, site, num_sites, seed, overrides if overrides is not None else {})
 
+    @property
+    def place(self) -> dict[str, Any]:
+        """Where an error here belongs to, as a FedflowError takes it."""
+        return {"run": self.run, "round": self.round, "site": self.site}
+
 
 def canonical_json(value: Any) -> bytes:
     """The one byte string for a JSON value: sorted keys, no spaces, no NaN."""

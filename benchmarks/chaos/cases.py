@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from prefect.client.schemas.objects import StateType
 from prefect.states import Cancelling, Crashed
@@ -114,13 +114,13 @@ def two_coordinators(t: Trial) -> None:
 
 
 # -- the servers -------------------------------------------------------------------------------------------------------
-def api_down(phase: Phase, seconds: float) -> Callable[[Trial], None]:
+def down(server: Literal["prefect", "s3"], phase: Phase, seconds: float) -> Callable[[Trial], None]:
     def act(t: Trial) -> None:
-        fault = t.hold(phase)
-        t.ground.prefect.kill()
+        fault, killed = t.hold(phase), getattr(t.ground, server)
+        killed.kill()
         fault.release()
         pause(seconds)
-        t.ground.prefect.start()
+        killed.start()
         t.finish(resumes=0)
 
     return act
@@ -139,18 +139,6 @@ def postgres_restarted(phase: Phase) -> Callable[[Trial], None]:
 
 def on_postgres(ground: Ground) -> str | None:
     return None if ground.postgres is not None else "the server is on SQLite"
-
-
-def store_down(phase: Phase, seconds: float) -> Callable[[Trial], None]:
-    def act(t: Trial) -> None:
-        fault = t.hold(phase)
-        t.ground.s3.kill()
-        fault.release()
-        pause(seconds)
-        t.ground.s3.start()
-        t.finish(resumes=0)
-
-    return act
 
 
 def store_slow(t: Trial) -> None:
@@ -375,8 +363,8 @@ def _cases() -> list[Case]:
         found.append(Case(f"coordinator-in-{phase}", f"kill -9 of the coordinator, {phase}", killed, killed_in))
         for seconds in (30, 100):
             name, what = f"api-down-{seconds}-in-{phase}", f"the API is gone for {seconds} s, {phase}"
-            found.append(Case(name, what, api_down(phase, seconds)))
-        found.append(Case(f"store-down-in-{phase}", f"the store is gone for 30 s, {phase}", store_down(phase, 30)))
+            found.append(Case(name, what, down("prefect", phase, seconds)))
+        found.append(Case(f"store-down-in-{phase}", f"the store is gone for 30 s, {phase}", down("s3", phase, 30)))
         found.append(Case(f"cancel-in-{phase}", f"cancelled in the UI, {phase}", cancelled(phase), builders.SITES))
     return found
 

@@ -14,8 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from fedflow.errors import TrainingInvalid, field_error
 from fedflow.tensors import non_finite
-from fedflow.types import Spec, Tensors, TensorSpec, canonical_json
+from fedflow.types import RoundContext, Spec, Tensors, TensorSpec, canonical_json
 
 __all__ = ["Answer", "added", "answer_spec", "as_arrays"]
 
@@ -58,6 +59,15 @@ class Answer:
     def encoded(self) -> dict[str, Tensor]:
         """As bytes, those of one answer in one group of an update."""
         return {"values": _bytes(canonical_json(self.values)), "arrays": _bytes(save(dict(self.tensors)))}
+
+    def within(self, limit: int, what: str, ctx: RoundContext, fix: str) -> dict[str, Tensor]:
+        """`encoded`, neither part of which may take more than `limit` bytes. Raises TrainingInvalid about `what`, with the fix."""
+        sent = self.encoded()
+        for part, tensor in sent.items():
+            if len(tensor) > limit:
+                found = field_error(f"{what}: {part}", f"{len(tensor)} bytes", f"at most {limit}", fix)
+                raise TrainingInvalid(found, **ctx.place)
+        return sent
 
     @classmethod
     def decoded(cls, sent: Tensors) -> Answer:

@@ -16,7 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import ByteSize, Field
 from torch import Tensor
 
-from fedflow.algorithm import Algorithm, NoState, Training
+from fedflow.algorithm import Algorithm, NoState, Training, weighted_metrics
 from fedflow.algorithms.answers import Answer, answer_spec
 from fedflow.algorithms.matrix import LAST, Matrix, metrics_of
 from fedflow.errors import UpdateInvalid
@@ -122,7 +122,7 @@ class Evaluation(Algorithm):
         models = {
             name: {
                 "digest": _digest(_of(state.models, name)),
-                "metrics": pooled(cells[name], counts),
+                "metrics": weighted_metrics([(counts[site], metrics) for site, metrics in cells[name].items()]),
                 "sites": cells[name],
             }
             for name in state.names
@@ -144,32 +144,13 @@ class Evaluation(Algorithm):
         if ctx.phase == "train":
             local = work.train(broadcast, ctx)
             return local.update(ctx, {"params": local.params, "buffers": local.buffers}), site_state
-        assert ctx.site is not None
         evaluated = {name: work.evaluate(_groups(broadcast[name]), ctx) for name in broadcast}
         last = evaluated[LAST]
         cells = {
             name: {n: v if math.isfinite(v) else None for n, v in e.metrics.items()} for name, e in evaluated.items()
         }
-        update = Update(
-            site=ctx.site,
-            base_round=ctx.round,
-            examples=last.examples,
-            steps=0,
-            lr_sum=0.0,
-            tensors={"answer": Answer({"cells": cells, "examples": last.examples}).encoded()},
-            metrics=last.metrics,
-            numerics=last.numerics,
-        )
-        return update, site_state
-
-
-def pooled(cells: Mapping[SiteId, Mapping[str, float | None]], counts: Mapping[SiteId, int]) -> dict[str, float | None]:
-    """Σ n·metric / Σ n of each metric over the sites that have it; None where no site does."""
-    means: dict[str, float | None] = {}
-    for name in sorted({name for metrics in cells.values() for name in metrics}):
-        known = [(counts[s], v) for s, metrics in cells.items() if (v := metrics.get(name)) is not None]
-        means[name] = sum(n * v for n, v in known) / sum(n for n, _ in known) if known else None
-    return means
+        answer = Answer({"cells": cells, "examples": last.examples})
+        return last.update(ctx, {"answer": answer.encoded()}), site_state
 
 
 def _cells(update: Update, names: tuple[str, ...]) -> None:

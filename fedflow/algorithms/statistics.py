@@ -234,13 +234,8 @@ class Statistics(Algorithm):
             else:
                 scales = told.get(name, {})
                 values[name] = {f: self._second(x, scales[f], policy) for f, (x, _) in chosen.items() if f in scales}
-        sent = Answer(values, tensors).encoded()
-        if any(len(part) > self.answer_limit for part in sent.values()):
-            raise TrainingInvalid(
-                f"statistics: found more than {self.answer_limit} bytes to send, expected at most that; name fewer features, lower sketch, "
-                "or raise algorithm.answer_limit",
-                **_place(ctx),
-            )
+        fix = "name fewer features, lower sketch, or raise algorithm.answer_limit"
+        sent = Answer(values, tensors).within(self.answer_limit, "statistics", ctx, fix)
         update = Update(ctx.site, ctx.round, 1, 1, 0.0, {"answer": sent}, numerics=work.recorded())
         return update, site_state
 
@@ -250,12 +245,12 @@ class Statistics(Algorithm):
         """The features that were asked for and may be known. Raises TrainingInvalid where one is named that is not numeric."""
         wanted = self.features or ["*"]
         if not dataset.individuals:
-            raise TrainingInvalid(f"table {name!r}: found no rows, expected some; leave this site out", **_place(ctx))
+            raise TrainingInvalid(f"table {name!r}: found no rows, expected some; leave this site out", **ctx.place)
         named = [] if self.features is None else [f for f in dataset.others if _matches(f, wanted)]
         if named:
             raise TrainingInvalid(
                 f"algorithm.features: found {named} of table {name!r} without a number, expected numeric columns; leave them out",
-                **_place(ctx),
+                **ctx.place,
             )
         return {
             feature: column
@@ -306,10 +301,6 @@ def _noise(x: Floats, policy: StatisticsPolicy, name: str, ctx: RoundContext) ->
 
 def _matches(feature: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(feature, pattern) for pattern in patterns)
-
-
-def _place(ctx: RoundContext) -> dict[str, Any]:
-    return {"run": ctx.run, "round": ctx.round, "site": ctx.site}
 
 
 # -- at the server -----------------------------------------------------------------------------------------------------

@@ -192,22 +192,14 @@ class FederatedTask(Algorithm):
     def site_update(
         self, broadcast: Groups, site_state: NoState, work: Own, ctx: RoundContext
     ) -> tuple[Update, NoState]:
-        place = {"run": ctx.run, "round": ctx.round, "site": ctx.site}
         shared = Answer.decoded(broadcast["shared"])
         returned = work.apply(self.function, self.args, _given(dict(shared.values), shared.tensors, ctx), ctx)
         try:
             answer = Answer.of(returned)
         except ValueError as error:
-            raise TrainingInvalid(f"{self.function}: {error}", **place) from error  # type: ignore[arg-type]
-        sent = answer.encoded()
-        for part, tensor in sent.items():
-            if len(tensor) > self.answer_limit:
-                fix = "send less, or raise algorithm.answer_limit"
-                expected = f"at most {self.answer_limit}"
-                raise TrainingInvalid(
-                    field_error(f"{self.function}: {part}", f"{len(tensor)} bytes", expected, fix),
-                    **place,  # type: ignore[arg-type]
-                )
+            raise TrainingInvalid(f"{self.function}: {error}", **ctx.place) from error
+        fix = "send less, or raise algorithm.answer_limit"
+        sent = answer.within(self.answer_limit, self.function, ctx, fix)
         return _update(answer, sent, work, ctx), site_state
 
 

@@ -61,10 +61,9 @@ def committed_rounds(store: ObjectStore, run: str) -> int:
     """How many rounds of `run` are committed; 0 where there is no such run."""
     journal = Journal(store, run)
     try:
-        last = journal.recipe().phases[-1]
+        return len(journal.rounds(journal.recipe().phases[-1]))
     except RunMissing:
         return 0
-    return sum(phase == last for _, phase in journal.committed())
 
 
 def resume_command(run: str, home: Path) -> str:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedflow.algorithm import Algorithm
+from fedflow.algorithm import Algorithm, weighted_metrics
 from fedflow.engine.reduction import Reduction
 from fedflow.engine.updates import Contributor
 from fedflow.errors import FedflowError
@@ -174,16 +174,6 @@ def _numerics_differ(contributors: Mapping[SiteId, ContributorSummary]) -> list[
     """Sites whose numerics differ from the first contributor's."""
     first = next(iter(contributors.values()), None)
     return [site for site, c in contributors.items() if first is not None and c.numerics != first.numerics]
-
-
-def weighted_metrics(reported: Sequence[tuple[float, Mapping[str, float | None]]]) -> dict[str, float | None]:
-    """Weighted mean of every metric over the sites that reported it. reported: each site's weight and metrics"""
-    names = sorted({name for _, metrics in reported for name in metrics})
-    means = {}
-    for name in names:
-        known = [(weight, v) for weight, metrics in reported if (v := metrics.get(name)) is not None]
-        means[name] = sum(w * v for w, v in known) / sum(w for w, _ in known) if known else float("nan")
-    return finite(means)
 
 
 def _site_records(

@@ -15,12 +15,11 @@ def key_metrics(journal: Journal, recipe: Recipe) -> list[float | None]:
     """The key metric of every committed round: the server's evaluation, else the weighted mean of the sites'."""
     last = recipe.phases[-1]
     values = []
-    for round, phase in journal.committed():
-        if phase == last:
-            evaluation, manifest = journal.evaluation(round), journal.manifest(round, phase)
-            assert manifest is not None
-            source = evaluation.metrics if evaluation else manifest.metrics
-            values.append(source.get(recipe.key_metric.name))
+    for round in journal.rounds(last):
+        evaluation, manifest = journal.evaluation(round), journal.manifest(round, last)
+        assert manifest is not None
+        source = evaluation.metrics if evaluation else manifest.metrics
+        values.append(source.get(recipe.key_metric.name))
     return values
 
 

@@ -44,9 +44,7 @@ def _load_run(store: ObjectStore, model: nn.Module, source: str, field: str) -> 
     except RunMissing as error:
         raise CheckpointError(field_error(field, source, "a run in this store", "see `fedflow runs ls`")) from error
     last = recipe.phases[-1]
-    rounds = _rounds(
-        [round for round, phase in journal.committed() if phase == last], key_metrics(journal, recipe), recipe
-    )
+    rounds = _rounds(journal.rounds(last), key_metrics(journal, recipe), recipe)
     if which not in rounds:
         known = ", ".join(name for name in rounds if name and not name.isdigit()) or "none is committed"
         expected = f"{OF_A_RUN}{run}@ and a committed round's number or name ({known})"

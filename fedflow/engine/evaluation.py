@@ -10,7 +10,7 @@ from fedflow.algorithms.matrix import Matrix, metrics_of
 from fedflow.engine.best import best_round, key_metrics
 from fedflow.engine.export import write_file
 from fedflow.engine.results import excluded_in, read_result
-from fedflow.errors import UserError, field_error
+from fedflow.errors import UserError, check_suffix, field_error
 from fedflow.recipe import Recipe
 from fedflow.store.journal import Journal
 
@@ -27,7 +27,7 @@ def evaluation_of(journal: Journal, *, cross_site: bool = False) -> Recipe:
     Raises UserError where no round is committed.
     """
     recipe = journal.recipe()
-    rounds = [round for round, phase in journal.committed() if phase == recipe.phases[-1]]
+    rounds = journal.rounds(recipe.phases[-1])
     if not rounds:
         raise UserError(f"{journal.run}: found no committed round, expected at least one; resume the run")
     best = best_round(key_metrics(journal, recipe), recipe)
@@ -74,7 +74,6 @@ def matrix_of(journal: Journal, metric: str | None = None) -> Matrix:
 def write_matrix(matrix: Matrix, out: Path) -> Path:
     """Write it, whole or not at all, to a .json or a .md; returns `out`. Raises UserError for another suffix."""
     texts = {".json": lambda: json.dumps(asdict(matrix), indent=1), ".md": matrix.as_markdown}
-    if out.suffix not in texts:
-        raise UserError(field_error("--out", str(out), f"a name that ends in one of {', '.join(texts)}", "rename it"))
+    check_suffix("--out", out, texts)
     write_file(out, lambda path: path.write_text(f"{texts[out.suffix]()}\n", encoding="utf-8"), "--out")
     return out

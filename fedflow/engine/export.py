@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fedflow.engine.aggregation import read_model
-from fedflow.errors import ResolveError, UserError, field_error
+from fedflow.errors import ResolveError, UserError, check_suffix, field_error
 from fedflow.local.model import build_model, load_groups
 from fedflow.recipe import Recipe
 from fedflow.store.journal import Journal
@@ -26,8 +26,7 @@ SUFFIXES = (".safetensors", ".pt", ".pth")
 
 def check_target(out: Path) -> None:
     """Raises UserError where a model cannot be written to `out`."""
-    if out.suffix not in SUFFIXES:
-        raise UserError(field_error("OUT", str(out), f"a name that ends in one of {', '.join(SUFFIXES)}", "rename it"))
+    check_suffix("OUT", out, SUFFIXES)
     if not out.absolute().parent.is_dir():
         raise UserError(field_error("OUT", str(out), "a folder that exists", f"make {out.parent}"))
 

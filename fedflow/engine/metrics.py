@@ -14,7 +14,7 @@ from typing import Any, Literal, Self, TextIO
 
 from fedflow.engine.export import write_file
 from fedflow.engine.summary import Glance, RoundSummary, RunSummary
-from fedflow.errors import UserError, field_error
+from fedflow.errors import UserError, check_suffix, field_error
 from fedflow.types import SiteId
 
 __all__ = [
@@ -100,8 +100,7 @@ def _of_site(run: str, round: RoundSummary, site: SiteId) -> Iterator[MetricRow]
 # -- tables ------------------------------------------------------------------------------------------------------------
 def check_table(out: Path, field: str = "--out") -> None:
     """Raises UserError where `write_table` could not write `out`."""
-    if out.suffix not in TABLES:
-        raise UserError(field_error(field, str(out), f"a name that ends in one of {', '.join(TABLES)}", "rename it"))
+    check_suffix(field, out, TABLES)
     if out.suffix == ".parquet":
         _pyarrow()
 

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from fedflow.algorithm import Algorithm
 from fedflow.engine.export import write_file
-from fedflow.errors import UserError, field_error
+from fedflow.errors import UserError, check_suffix, field_error
 from fedflow.store.journal import Journal
 from fedflow.store.records import Manifest
 from fedflow.store.state import read_state
@@ -27,7 +27,7 @@ def read_result(journal: Journal, round: int | None = None) -> Result:
     """
     recipe = journal.recipe()
     last = recipe.phases[-1]
-    rounds = [number for number, phase in journal.committed() if phase == last]
+    rounds = journal.rounds(last)
     if not rounds:
         raise UserError(f"{journal.run}: found no committed round, expected at least one; resume the run")
     wanted = rounds[-1] if round is None else round
@@ -70,10 +70,7 @@ def outlined(result: Result) -> dict[str, object]:
 def write_result(result: Result, out: Path) -> Path:
     """Write it, whole or not at all; returns `out`. .json: values, and arrays as lists. .safetensors: arrays, with the values as
     JSON in the file's metadata. Raises UserError for another suffix, or a place that cannot be written."""
-    if out.suffix not in SUFFIXES:
-        raise UserError(
-            field_error("--out", str(out), f"a name that ends in one of {', '.join(SUFFIXES)}", "rename it")
-        )
+    check_suffix("--out", out, SUFFIXES)
     if out.suffix == ".json":
         found = {**result.values, **{name: tensor.tolist() for name, tensor in result.tensors.items()}}
         write_file(out, lambda path: path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8"), "--out")

@@ -141,7 +141,7 @@ def amend_run(
                 f"run: found {journal.run!r} with another recipe ({_differences(current, wanted)}), expected no change but in "
                 f"{', '.join(sorted(AMENDABLE))}; take the others back, or start a new run"
             )
-        done = sum(phase == current.phases[-1] for _, phase in journal.committed())
+        done = len(journal.rounds(current.phases[-1]))
         if wanted.rounds < done:
             raise UserError(field_error("rounds", wanted.rounds, f"at least the {done} that are committed", "raise it"))
         check_sites(wanted, sorted({*journal.sites(), *sites}))
@@ -208,8 +208,7 @@ def next_step(journal: Journal, recipe: Recipe) -> Step | None:
 
 def is_finished(journal: Journal, recipe: Recipe) -> bool:
     """Whether all rounds are committed, or the early stop says so: a pure function of committed records."""
-    done = sum(phase == recipe.phases[-1] for _, phase in journal.committed())
-    if done >= recipe.rounds:
+    if len(journal.rounds(recipe.phases[-1])) >= recipe.rounds:
         return True
     stop = recipe.early_stop
     return (stop.patience is not None or stop.target is not None) and stops_early(key_metrics(journal, recipe), recipe)

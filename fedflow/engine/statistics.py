@@ -10,7 +10,7 @@ from typing import Any
 from fedflow.engine.export import write_file
 from fedflow.engine.metrics import write_table
 from fedflow.engine.results import write_result
-from fedflow.errors import UserError, field_error
+from fedflow.errors import UserError, check_suffix
 from fedflow.types import Result
 
 __all__ = ["SUFFIXES", "as_html", "statistics_rows", "write_statistics"]
@@ -28,10 +28,7 @@ def write_statistics(result: Result, out: Path, title: str) -> Path:
     """
     if "datasets" not in result.values:
         raise UserError(f"{title}: found a result without statistics, expected a run of them; see `fedflow result`")
-    if out.suffix not in SUFFIXES:
-        raise UserError(
-            field_error("--out", str(out), f"a name that ends in one of {', '.join(SUFFIXES)}", "rename it")
-        )
+    check_suffix("--out", out, SUFFIXES)
     if out.suffix == ".json":
         return write_result(result, out)
     if out.suffix == ".html":

@@ -111,7 +111,7 @@ class RunSummary:
 def summarize(journal: Journal) -> RunSummary:
     """Everything committed of a run. Raises RunMissing."""
     record, recipe = journal.record(), journal.recipe()
-    rounds = [summarize_round(journal, recipe, round) for round, _ in _rounds(journal, recipe)]
+    rounds = [summarize_round(journal, recipe, round) for round in journal.rounds(recipe.phases[-1])]
     finished, last = _ended(journal, recipe)
     return RunSummary(
         run=journal.run,
@@ -143,10 +143,6 @@ def _ended(journal: Journal, recipe: Recipe) -> tuple[bool, Outcome | None]:
     begun = journal.head(recipe.phases) is not None
     last = max(journal.outcomes(), key=lambda outcome: outcome.number, default=None)
     return begun and is_finished(journal, recipe), last
-
-
-def _rounds(journal: Journal, recipe: Recipe) -> list[tuple[int, str]]:
-    return [step for step in journal.committed() if step[1] == recipe.phases[-1]]
 
 
 def summarize_round(journal: Journal, recipe: Recipe, round: int) -> RoundSummary:

@@ -16,7 +16,7 @@ from fedflow.errors import TrainingInvalid, field_error
 from fedflow.local import numerics
 from fedflow.local.function import Config, config_for, numbers
 from fedflow.local.model import mismatches, model_groups
-from fedflow.local.trainer import Request, Trainer, place_of
+from fedflow.local.trainer import Request, Trainer
 from fedflow.local.workload import Setup
 from fedflow.types import Groups
 
@@ -121,7 +121,7 @@ class ArrayTrainer(Trainer):
                     field_error(
                         "workload", type(self.workload).__name__, f"code that takes {what}", "use FedAvg or FedOpt"
                     ),
-                    **place_of(request.ctx),
+                    **request.ctx.place,
                 )
 
     def _take(self, model: nn.Module, fitted: Fitted, request: Request) -> None:
@@ -130,14 +130,14 @@ class ArrayTrainer(Trainer):
         if problems := mismatches(own, given):
             raise TrainingInvalid(
                 f"the arrays do not fit the model: {'; '.join(problems)}; return those that were given, changed",
-                **place_of(request.ctx),
+                **request.ctx.place,
             )
         if request.steps is not None and fitted.steps != request.steps:
             raise TrainingInvalid(
                 field_error(
                     "steps", fitted.steps, f"exactly {request.steps}", "return Fitted(arrays, steps=config.steps)"
                 ),
-                **place_of(request.ctx),
+                **request.ctx.place,
             )
         for name, tensor in own.items():
             tensor.copy_(given[name])

@@ -16,7 +16,7 @@ from fedflow.local import numerics
 from fedflow.local.correction import Corrector
 from fedflow.local.function import Config, config_for, numbers
 from fedflow.local.model import model_groups
-from fedflow.local.trainer import Request, Trainer, place_of
+from fedflow.local.trainer import Request, Trainer
 from fedflow.local.workload import Setup
 from fedflow.types import Groups
 
@@ -142,14 +142,14 @@ class KerasTrainer(Trainer):
                 field_error(
                     "workload", "KerasWorkload", "code that takes a merge between its steps", "set algorithm.tau: 0"
                 ),
-                **place_of(request.ctx),
+                **request.ctx.place,
             )
         if request.memory is not None:
             raise TrainingInvalid(
                 field_error(
                     "workload", "KerasWorkload", "code whose optimizer state is preserved", "use another algorithm"
                 ),
-                **place_of(request.ctx),
+                **request.ctx.place,
             )
 
     def _check_optimizer(self, model: KerasModel, request: Request) -> None:
@@ -158,7 +158,7 @@ class KerasTrainer(Trainer):
         if request.correction and not plain:
             raise TrainingInvalid(
                 field_error("optimizer", type(optimizer).__name__, "SGD without momentum under a correction", "use it"),
-                **place_of(request.ctx),
+                **request.ctx.place,
             )
 
 

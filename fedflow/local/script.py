@@ -28,7 +28,7 @@ from fedflow.local.exchange import Task
 from fedflow.local.function import config_for
 from fedflow.local.model import mismatches, model_groups
 from fedflow.local.state import TrainingState, join, split
-from fedflow.local.trainer import Request, Trainer, place_of
+from fedflow.local.trainer import Request, Trainer
 from fedflow.local.workload import Setup
 from fedflow.types import MODEL_GROUPS, Groups, RoundContext
 
@@ -88,7 +88,7 @@ class ScriptTrainer(Trainer):
         with tempfile.TemporaryDirectory(prefix="fedflow-task-", ignore_cleanup_errors=True) as name:
             folder = Path(name)
             self._give(folder, broadcast, request)
-            _Process(self.workload, folder, place_of(request.ctx)).run(request.steps, self.on_step)
+            _Process(self.workload, folder, request.ctx.place).run(request.steps, self.on_step)
             result = self._take(folder, model, request)
         metrics |= result.metrics
         for group, tensors in model_groups(model).items():
@@ -158,7 +158,7 @@ class ScriptTrainer(Trainer):
 
 
 def _failed(text: str, ctx: RoundContext) -> SiteError:
-    return SiteError(text, **place_of(ctx))
+    return SiteError(text, **ctx.place)
 
 
 class _Process:

@@ -23,7 +23,7 @@ from fedflow.recipe import LocalTraining, Numerics
 from fedflow.tensors import model_digest
 from fedflow.types import MODEL_GROUPS, Groups, RoundContext, Tensors
 
-__all__ = ["Request", "SessionTrainer", "Trainer", "mapped", "place_of"]
+__all__ = ["Request", "SessionTrainer", "Trainer", "mapped"]
 
 
 @dataclass(frozen=True)
@@ -70,14 +70,14 @@ class Trainer(ABC):
         kept. Raises SiteError where no step was taken, frozen parameters were changed, or the code cannot take part.
         """
         if len(self.workload) == 0:
-            raise SiteError("the workload has no examples; give this site data or leave it out", **place_of(ctx))
+            raise SiteError("the workload has no examples; give this site data or leave it out", **ctx.place)
         planned = ctx.overrides.get("steps", steps or self.settings.steps)
         result = self.perform(broadcast, Request(ctx, correction, planned, self.memory if preserve else None, merge))
         frozen = broadcast["frozen"]
         if (frozen or result.frozen) and model_digest(result.frozen) != model_digest(frozen):
             raise SiteError(
                 "frozen parameters were changed by the training; mark them trainable, or leave them alone",
-                **place_of(ctx),
+                **ctx.place,
             )
         return result
 
@@ -100,7 +100,7 @@ class Trainer(ABC):
             raise TrainingInvalid(
                 f"{type(self.workload).__name__}: found nothing to evaluate on, expected evaluate(model) and held-out examples; "
                 "give it some, or leave this site out",
-                **place_of(ctx),
+                **ctx.place,
             )
         model = self.load_model(broadcast).eval()
         with numerics.applied(self.numerics, ctx.seed), torch.no_grad():
@@ -111,7 +111,7 @@ class Trainer(ABC):
         return TrainingInvalid(
             f"{type(self.workload).__name__} cannot be asked for {what}, which the algorithm needs; use a TorchWorkload, or "
             "another setting of the algorithm",
-            **place_of(ctx),
+            **ctx.place,
         )
 
     def load_model(self, broadcast: Groups) -> nn.Module:
@@ -168,7 +168,7 @@ class SessionTrainer(Trainer):
                 hooks=self.hooks,
                 memory=request.memory,
                 on_step=self.on_step,
-                place=place_of(request.ctx),
+                place=request.ctx.place,
             )
             with session:
                 metrics |= self.run(session, request)
@@ -193,8 +193,3 @@ def mapped(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return {name: mapped(function, part) for name, part in batch.items()}
     return batch
-
-
-def place_of(ctx: RoundContext) -> dict[str, Any]:
-    """Where errors belong to."""
-    return {"run": ctx.run, "round": ctx.round, "site": ctx.site}

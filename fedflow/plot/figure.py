@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedflow.errors import UserError, field_error
+from fedflow.errors import UserError, check_suffix, field_error
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,8 +19,7 @@ SUFFIXES = (".png", ".svg", ".pdf")
 
 def check_picture(out: Path, field: str = "OUT") -> None:
     """Raises UserError for a name that says no kind of picture, or where matplotlib is not installed."""
-    if out.suffix not in SUFFIXES:
-        raise UserError(field_error(field, str(out), f"a name that ends in one of {', '.join(SUFFIXES)}", "rename it"))
+    check_suffix(field, out, SUFFIXES)
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:

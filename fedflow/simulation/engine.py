@@ -23,8 +23,8 @@ from typing import Any, Literal, get_args
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
-from fedflow.algorithm import Averager
-from fedflow.engine.aggregation import Evaluator, evaluate_round, weighted_metrics, written_state
+from fedflow.algorithm import Averager, weighted_metrics
+from fedflow.engine.aggregation import Evaluator, evaluate_round, written_state
 from fedflow.engine.best import key_metrics, stops_early
 from fedflow.engine.reduction import following
 from fedflow.engine.rounds import (

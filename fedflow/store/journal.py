@@ -170,6 +170,10 @@ class Journal:
         found = (re.search(r"/rounds/(\d+)/([^/]+)/manifest\.json$", key) for key in keys)
         return sorted((int(m[1]), m[2]) for m in found if m)
 
+    def rounds(self, phase: str) -> list[int]:
+        """The rounds whose `phase` is committed, without reading them, in order."""
+        return [round for round, found in self.committed() if found == phase]
+
     def head(self, phases: tuple[str, ...]) -> Manifest | None:
         """The newest commit; the initial one if no round is committed; None if not even that is."""
         committed = self.committed()

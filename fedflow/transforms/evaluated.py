@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, Literal
 
 from fedflow.algorithm import weighted_mean
@@ -54,17 +55,6 @@ class Validated(Transformed):
     def site_update(self, broadcast: Groups, site_state: Any, work: Any, ctx: RoundContext) -> tuple[Update, Any]:
         if ctx.phase != VALIDATE:
             return super().site_update(broadcast, site_state, work, ctx)
-        assert ctx.site is not None
         found = work.evaluate(broadcast, ctx)
-        update = Update(
-            site=ctx.site,
-            base_round=ctx.round,
-            examples=found.examples,
-            steps=0,
-            lr_sum=0.0,
-            tensors={},
-            scalars={_EXAMPLES: float(found.examples)},
-            metrics={name: value for name, value in found.metrics.items() if math.isfinite(value)},
-            numerics=found.numerics,
-        )
-        return update, site_state
+        finite = {name: value for name, value in found.metrics.items() if math.isfinite(value)}
+        return replace(found, metrics=finite).update(ctx, {}, {_EXAMPLES: float(found.examples)}), site_state

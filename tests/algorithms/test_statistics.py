@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from hypothesis import given
@@ -118,7 +119,6 @@ def test_numpys_own_figures_are_met() -> None:
 
 
 def test_pandas_figures_are_met() -> None:
-    pandas = pytest.importorskip("pandas")
     found = read_result(run()).values["datasets"]["patients"]["age"]["all"]
     frame = pandas.concat([pandas.DataFrame(values(site)) for site in SITES])["age"]
     expected = [frame.count(), frame.sum(), frame.mean(), frame.min(), frame.max(), frame.var(), frame.std()]
@@ -255,7 +255,6 @@ def test_tables_of_every_kind_are_read_alike(tmp_path: Path) -> None:
 
 
 def test_a_frame_of_pandas_is_a_table() -> None:
-    pandas = pytest.importorskip("pandas")
     frame = pandas.DataFrame({"a": [1, None, 3], "b": [2.5, float("inf"), 4.0], "c": ["x", "y", "z"]})
     same(datasets_of(frame), {"a": [1.0, 3.0], "b": [2.5, 4.0]}, 2, ["c"])
 

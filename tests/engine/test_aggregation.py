@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedflow.algorithm import weighted_metrics
 from fedflow.algorithms.averaging import ModelState
 from fedflow.algorithms.fedavg import FedAvg
 from fedflow.engine import (
@@ -24,7 +25,6 @@ from fedflow.engine import (
     start_run,
     survey,
 )
-from fedflow.engine.aggregation import weighted_metrics
 from fedflow.engine.site import SiteWork
 from fedflow.errors import FedflowError
 from fedflow.recipe import SiteConfig

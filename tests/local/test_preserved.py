@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import random
+import re
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -319,7 +320,7 @@ def test_state_that_does_not_fit_is_dropped_with_one_line(
     with caplog.at_level(logging.WARNING, "fedflow"), pytest.MonkeyPatch.context() as patch:
         patch.setitem(globals(), "INPUTS", inputs)
         one_round(code, again, net)
-    assert again.note is not None and pytest.importorskip("re").match(rf"fresh \({says}", again.note)
+    assert again.note is not None and re.match(rf"fresh \({says}", again.note)
     assert len(caplog.records) == 1 and "starting fresh" in caplog.text
     assert again.after is not None
 

@@ -108,8 +108,11 @@ def test_a_run_is_started_from_the_form(poc: Poc, page: Page, ui: str) -> None:
     prefix = "/v2" if ui == "v2" else ""
     base = f"http://127.0.0.1:{poc.env.server.port}"
     page.goto(f"{base}{prefix}/deployments/deployment/{deployment.id}/run")
-    form_field(page, ui, "Rounds").fill("1")
-    form_field(page, ui, "Name").fill(f"form-{ui}")
+    filled = {"Rounds": "1", "Name": f"form-{ui}"}
+    for label, value in filled.items():
+        form_field(page, ui, label).fill(value)
+    for label, value in filled.items():
+        expect(form_field(page, ui, label)).to_have_value(value)
     picture(page, f"form-{ui}")
     page.get_by_role("button", name="Submit").click()
     run = started_run(poc, f"form-{ui}-")
@@ -119,12 +122,12 @@ def test_a_run_is_started_from_the_form(poc: Poc, page: Page, ui: str) -> None:
 
 
 def started_run(poc: Poc, prefix: str) -> Run:
-    """The run whose name begins so, once its coordinator has begun it and tagged its flow run."""
+    """The run whose name begins so, once its coordinator has begun it and tagged its flow run; which may be over by then."""
     until = time.monotonic() + MINUTES
     while time.monotonic() < until:
         for name in list_runs(poc.env.store):
             run = poc.env.attach(name)
-            if name.startswith(prefix) and run.backend.alive():
+            if name.startswith(prefix) and run.backend.trainings(list(StateType)):
                 return run
         threading.Event().wait(0.5)
     raise AssertionError(f"no run named {prefix}… began")

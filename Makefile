@@ -33,7 +33,7 @@ test: setup ## style, types, then every test that needs no browser
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/pytest -n 2 --dist loadfile -m "not browser and not faults and not azure and not ray"
+	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not browser and not faults and not azure and not ray"
 
 test-faults: setup ## kills and outages of every process, on a real Prefect server
 	$(BIN)/pytest -m faults

@@ -155,7 +155,9 @@ class _ByKind:
             "required": ["kind"],
             "additionalProperties": True,
         }
-        return {"oneOf": [*(self._form(kind) for kind in known), other], "title": self.base.__name__}
+        # of a value, Prefect's forms show the first kind that has most of its fields: its own, where kinds with fewer come first
+        forms = sorted((self._form(kind) for kind in known), key=lambda form: len(form["properties"]))
+        return {"oneOf": [*forms, other], "title": self.base.__name__}
 
     def _kinds(self) -> list[str]:
         return sorted({*self.builtin, *entry_point_names(self.group)})

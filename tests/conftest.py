@@ -4,6 +4,7 @@ import os
 import signal
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -21,6 +22,24 @@ hypothesis.settings.register_profile(  # no test depends on how fast the machine
     "fedflow", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("fedflow")
+
+
+HERE = Path(__file__).parent
+LONG = (
+    "test_readme",
+    "test_documents",
+    "prefect/",
+    "simulation/test_simulation",
+    "test_sweep",
+    "local/test_script",
+    "test_wheel",
+    "cli/",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take longest begin first, so that no worker is left alone with one."""
+    items.sort(key=lambda item: not item.path.relative_to(HERE).as_posix().startswith(LONG))
 
 
 def pytest_configure(config: pytest.Config) -> None:

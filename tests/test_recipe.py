@@ -313,6 +313,14 @@ def test_the_form_tells_algorithms_and_schedules_apart_by_a_required_kind_of_one
         assert all(len(f["properties"]["kind"]["enum"]) == 1 and "kind" in f["required"] for f in forms)
 
 
+@pytest.mark.parametrize("field", ["algorithm", "schedule"])
+def test_the_form_shows_a_value_as_of_its_own_kind(field: str) -> None:
+    """Prefect's form takes the first kind that has most of the value's fields."""
+    forms = [form["properties"] for form in recipe_schema()["properties"][field]["oneOf"]]
+    for own in forms:
+        assert max(forms, key=lambda form: len(form.keys() & own.keys()))["kind"] == own["kind"] or own is forms[-1]
+
+
 def test_a_choice_within_an_algorithm_is_told_apart_in_the_same_way() -> None:
     forms = recipe_schema()["properties"]["algorithm"]["oneOf"]
     (fedopt,) = [f for f in forms if f["properties"]["kind"].get("enum") == ["fedopt"]]

@@ -130,7 +130,11 @@ def test_a_round_closes_without_a_site_that_never_answers(poc: Poc, tmp_path: Pa
         "quorum": 2,
         "rounds": 1,
         "attempts": 1,
-        "timeouts": {"round_deadline": 30, "quorum_grace": 29.9, "train_timeout": 29.9},  # which begins later than the round
+        "timeouts": {
+            "round_deadline": 30,
+            "quorum_grace": 29.9,
+            "train_timeout": 29.9,
+        },  # which begins later than the round
     }
     run = poc.execute(builders.recipe(**fields), "straggler", fail_at("training", site="site-3", effect="hang"))
     summary = run.result(MINUTES)

@@ -78,6 +78,7 @@ _DOWNLOAD, _DOWNLOADS = 8 << 20, 4  # bytes a request, requests at once
 _UPLOAD, _UPLOADS = 8 << 20, 4  # bytes a request, requests at once
 _MOST_PARTS = 9_000  # requests an object; S3 takes 10,000
 _STEP = 1 << 20  # bytes of a file that are read at once: they are still in the processor's cache when they are hashed
+_AHEAD = 4  # the disk reads so many times as much ahead as was asked for: several threads ask in turn
 _STEP_BUFFERS = 512  # filled at once; the kernel takes 1024
 _WRITER = "fedflowwriter"  # metadata of a created object; a name that Azure takes too
 
@@ -336,7 +337,7 @@ class _Local:
         """Through no mapping, whose pages would count as this process's memory; nor is what was read kept in the page cache."""
         with self._open(key, buffering=0) as file:
             size, end = _size(file), start + sum(map(len, buffers))
-            _advise(file, start, end, "POSIX_FADV_WILLNEED")
+            _advise(file, start, end + _AHEAD * (end - start), "POSIX_FADV_WILLNEED")
             at = start
             for step in _steps(buffers):
                 read = os.preadv(file.fileno(), step, at)

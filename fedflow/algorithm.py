@@ -234,6 +234,14 @@ class Own(Protocol):
         """`data` as tables of numbers: name -> `Dataset`. Raises ResolveError where it is none."""
         ...
 
+    def items(self, column: str | None) -> Iterable[Any]:
+        """`data` as single values: those of a column where it is a table, else its own. Raises ResolveError where it has none."""
+        ...
+
+    def matched(self, items: Sequence[str]) -> None:
+        """Let `data` know which of its items are everybody's, if it wants to: by its method of this name."""
+        ...
+
     def recorded(self) -> Mapping[str, Any]:
         """What decides the bits of what is computed here, for `Update.numerics`."""
         ...
@@ -256,6 +264,8 @@ class Algorithm(Described):
     kind: str
     trains: ClassVar[bool] = True
     """Whether its sites' work is a `Training` of the recipe's model; otherwise it is `Own`, and the recipe may leave out a model."""
+    needs_all: ClassVar[bool] = False
+    """Whether a round needs an answer of every site that is asked: a quorum is then refused."""
     phases: ClassVar[tuple[str, ...]] = ("train",)
     """Exchanges within a round, in order; each has its own openings, closing and commit."""
     partitionable: ClassVar[bool] = True
@@ -326,6 +336,11 @@ class Algorithm(Described):
     def least_updates(self) -> int:
         """The fewest updates that a round can be made of; a smaller quorum is refused before any training."""
         return 1
+
+    @property
+    def most_updates(self) -> int | None:
+        """The most updates that a round can be made of; a schedule that asks more sites is refused. None = any number."""
+        return None
 
     @property
     def local_steps(self) -> int | None:

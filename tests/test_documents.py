@@ -54,6 +54,11 @@ def test_statistics(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     run(ROOT / "docs" / "statistics.md", monkeypatch)
 
 
+def test_psi(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    run(ROOT / "docs" / "psi.md", monkeypatch)
+
+
 # -- docs/simulation.md ------------------------------------------------------------------------------------------------
 SIMULATION = (ROOT / "docs" / "simulation.md").read_text()
 ON_A_SERVER = ("fedflow run recipe.yaml --tracking", "fedflow ui digits-3")

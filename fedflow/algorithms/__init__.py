@@ -8,6 +8,7 @@ from fedflow.algorithms.feddyn import FedDyn
 from fedflow.algorithms.fednova import FedNova
 from fedflow.algorithms.fedopt import FedOpt
 from fedflow.algorithms.fedprox import FedProx
+from fedflow.algorithms.psi import PSI
 from fedflow.algorithms.qfedavg import QFedAvg
 from fedflow.algorithms.scaffold import Scaffold
 from fedflow.algorithms.statistics import Statistics
@@ -15,6 +16,7 @@ from fedflow.algorithms.streaming import StreamingDiLoCo
 from fedflow.algorithms.task import FederatedTask
 
 __all__ = [
+    "PSI",
     "DiLoCo",
     "Evaluation",
     "FedAvg",

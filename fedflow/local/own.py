@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fedflow.algorithm import Algorithm, Own, Training
 from fedflow.algorithms.statistics import Dataset, StatisticsPolicy
 from fedflow.local import numerics
+from fedflow.local.matching import KeyedTable, items_of
 from fedflow.local.tables import Tables, datasets_of
 from fedflow.local.training import training_of
 from fedflow.local.workload import Setup, check_workload
@@ -40,6 +41,13 @@ class OwnData:
 
     def datasets(self) -> dict[str, Dataset]:
         return datasets_of(self.data)
+
+    def items(self, column: str | None) -> Iterable[Any]:
+        return self.data.items() if isinstance(self.data, KeyedTable) else items_of(self.data, column)
+
+    def matched(self, items: Sequence[str]) -> None:
+        if callable(found := getattr(self.data, "matched", None)):
+            found(items)
 
     def recorded(self) -> Mapping[str, Any]:
         return numerics.recorded(self.numerics)

@@ -483,7 +483,7 @@ class Recipe(Described):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         problems = self.timeouts.contradictions(self.attempts)
-        if self.federated_evaluation and not self.algorithm.trains:
+        if self.federated_evaluation and not self.algorithm.evaluates:
             problems.append(f"federated_evaluation: found true, expected false with algorithm {self.algorithm.kind}")
         if clash := sorted({"last"} & self.checkpoints.keys()):
             problems.append(f"checkpoints: found {clash}, which is what `checkpoint` is called; choose another name")

@@ -14,6 +14,7 @@ from fedflow.algorithms.scaffold import Scaffold
 from fedflow.algorithms.statistics import Statistics
 from fedflow.algorithms.streaming import StreamingDiLoCo
 from fedflow.algorithms.task import FederatedTask
+from fedflow.algorithms.xgboost import XGBoost
 
 __all__ = [
     "PSI",
@@ -30,4 +31,5 @@ __all__ = [
     "Scaffold",
     "Statistics",
     "StreamingDiLoCo",
+    "XGBoost",
 ]

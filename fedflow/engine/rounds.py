@@ -309,7 +309,8 @@ def _make_plan(
         first = journal.plan(step.round, algorithm.phases[0])
         assert first is not None
         tasks = {s: t for s, t in first.tasks.items() if s in head.contributors}
-        quorum, late, back, there = first.quorum, first.late, 0, len(tasks)
+        quorum = min(algorithm.enough(step.phase, first.quorum), len(tasks))  # fewer, where those were enough before
+        late, back, there = first.late, 0, len(tasks)
     check_cohort(recipe, len(tasks), there, quorum, absent, run=journal.run, round=step.round)
     record = journal.record()
     return Plan(

@@ -8,9 +8,11 @@ from typing import Any
 
 from fedflow.algorithm import Algorithm, Own, Training
 from fedflow.algorithms.statistics import Dataset, StatisticsPolicy
+from fedflow.algorithms.xgboost import Tracker
 from fedflow.local import numerics
 from fedflow.local.matching import KeyedTable, items_of
 from fedflow.local.tables import Tables, datasets_of
+from fedflow.local.together import boosted_together
 from fedflow.local.training import training_of
 from fedflow.local.workload import Setup, check_workload
 from fedflow.recipe import Numerics
@@ -48,6 +50,31 @@ class OwnData:
     def matched(self, items: Sequence[str]) -> None:
         if callable(found := getattr(self.data, "matched", None)):
             found(items)
+
+    def boosted(
+        self,
+        rows: Any,
+        params: Mapping[str, Any],
+        iterations: int,
+        booster: bytes | None,
+        meeting: Mapping[str, Any],
+        tracker: Tracker | None,
+        patience: float,
+        ctx: RoundContext,
+    ) -> bytes:
+        assert ctx.site is not None
+        sites = meeting["sites"]
+        return boosted_together(
+            ctx.site,
+            sites,
+            meeting["name"],
+            leader=sites[0] if tracker is None else tracker.site,
+            address=None if tracker is None else (tracker.host, tracker.port),
+            patience=patience,
+            rows=rows,
+            job={"params": dict(params), "iterations": iterations},
+            booster=booster,
+        )
 
     def recorded(self) -> Mapping[str, Any]:
         return numerics.recorded(self.numerics)

@@ -67,6 +67,13 @@ class Transformed(Algorithm):
         found: int | None = self.algorithm.most_updates
         return found
 
+    def enough(self, phase: str, quorum: int) -> int:
+        return int(self.algorithm.enough(phase, quorum))
+
+    @property
+    def together(self) -> bool:
+        return bool(self.algorithm.together)
+
     @property
     def local_steps(self) -> int | None:
         found: int | None = self.algorithm.local_steps

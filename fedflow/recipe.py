@@ -27,7 +27,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_core import PydanticCustomError, core_schema
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from fedflow import algorithms, schedules, transforms
 from fedflow.algorithm import Algorithm, Schedule, Transform
@@ -515,6 +515,13 @@ class Recipe(Described):
         if problems:
             raise PydanticCustomError("contradiction", "{problems}", {"problems": "; ".join(problems)})
         return self
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """A form cannot know before whether a model will be needed; `_without_a_model` does, and then says so."""
+        found = super().__get_pydantic_json_schema__(schema, handler)
+        handler.resolve_ref_schema(found)["required"].remove("model")
+        return found
 
     # -- reading and writing
     @classmethod

@@ -485,6 +485,9 @@ class Recipe(Described):
         problems = self.timeouts.contradictions(self.attempts)
         if self.federated_evaluation and not self.algorithm.evaluates:
             problems.append(f"federated_evaluation: found true, expected false with algorithm {self.algorithm.kind}")
+        if self.evaluation and self.algorithm.model_files:
+            kind, fix = self.algorithm.kind, "let the sites evaluate (federated_evaluation)"
+            problems.append(field_error("evaluation", self.evaluation.path, f"none with algorithm {kind}", fix))
         if clash := sorted({"last"} & self.checkpoints.keys()):
             problems.append(f"checkpoints: found {clash}, which is what `checkpoint` is called; choose another name")
         if self.transforms and not self.algorithm.trains:

@@ -9,12 +9,13 @@ in a tensor of bytes.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -132,9 +133,7 @@ class XGBoost(Algorithm):
 
     # -- server
     def init(self, model: Groups) -> XGBoostState:
-        """Nothing has grown; or the booster of a `checkpoint`."""
-        found = {name: tensor for tensors in model.values() for name, tensor in tensors.items() if name == "booster"}
-        return XGBoostState(found)
+        return XGBoostState()
 
     def model(self, state: XGBoostState) -> Groups:
         return {"params": state.booster, "frozen": {}, "buffers": {}}
@@ -182,10 +181,14 @@ class XGBoost(Algorithm):
     def server_update(self, state: XGBoostState, aggregate: Aggregate, ctx: RoundContext) -> XGBoostState:
         found = {site: _json(told["bytes"]) for site, told in sorted(aggregate.tensors.items())}
         if ctx.phase == "meet":
+            if self.tracker and self.tracker.site not in found:
+                fix = "name one that takes part"
+                why = field_error("algorithm.tracker.site", self.tracker.site, f"one of {list(found)}", fix)
+                raise FedflowError(why, run=ctx.run, round=ctx.round)
             tokens = "".join(told["token"] for told in found.values())
             name = hashlib.blake2b(tokens.encode(), digest_size=16).hexdigest()
-            told = {"name": name, "sites": list(found), "seed": ctx.seed % 2**31}
-            return replace(state, meeting=canonical_json(told).decode())
+            meeting = {"name": name, "sites": list(found), "seed": ctx.seed % 2**31}
+            return replace(state, meeting=canonical_json(meeting).decode())
         uniform = self.weight_by == "uniform" or self.together
         weights = {s: 1.0 if uniform else float(aggregate.tensors[s]["examples"]) for s in found}
         shares = [weight / sum(weights.values()) for weight in weights.values()]
@@ -246,19 +249,14 @@ class XGBoost(Algorithm):
 
 
 # -- at a site ---------------------------------------------------------------------------------------------------------
-class _told:
+@contextlib.contextmanager
+def _told(ctx: RoundContext) -> Iterator[None]:
     """xgboost's errors, and those of reading the data, as ones about the site: a retry would not help."""
-
-    def __init__(self, ctx: RoundContext) -> None:
-        self._ctx = ctx
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, (ValueError, TypeError)):  # XGBoostError is a ValueError
-            first = str(error).partition("\nStack trace")[0].partition("Check failed: ")
-            raise TrainingInvalid(f"xgboost: {(first[2] or first[0])[:1000]}", **_place(self._ctx)) from error
+    try:
+        yield
+    except (ValueError, TypeError) as error:  # XGBoostError is a ValueError
+        first = str(error).partition("\nStack trace")[0].partition("Check failed: ")
+        raise TrainingInvalid(f"xgboost: {(first[2] or first[0])[:1000]}", **_place(ctx)) from error
 
 
 def _xgboost() -> Any:
@@ -315,8 +313,8 @@ def merged(before: Json | None, parts: Sequence[tuple[Json, float]]) -> Json:
     """`before` with the trees of all `parts` behind its own, the leaves of each times its share.
 
     Iteration j of the parts is one iteration of the whole, in which their trees are parallel: Σ over trees is then what xgboost predicts, and
-    a slice of iterations a slice of rounds. `num_parallel_tree` stays what a site was told: xgboost goes on with it. The parts are changed. Raises ValueError where one has other columns, classes or objective than
-    the first.
+    a slice of iterations a slice of rounds. `num_parallel_tree` stays what a site was told: xgboost goes on with it. The parts are changed.
+    Raises ValueError where one has other columns, classes or objective than the first.
     """
     whole = _emptied(parts[0][0]) if before is None else before
     for part, share in parts:

@@ -258,6 +258,11 @@ def test_parameters_that_are_not_to_be_had(algorithm: dict[str, Any], told: str)
         recipe(algorithm=algorithm)
 
 
+def test_no_module_evaluates_trees() -> None:
+    with pytest.raises(RecipeError, match="evaluation: found 'a:B', expected none with algorithm xgboost"):
+        recipe(evaluation="a:B")
+
+
 X, Y = SIX[0][:40], (SIX[1][:40] > 2).astype(int)
 
 

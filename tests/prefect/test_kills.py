@@ -94,6 +94,17 @@ def test_a_killed_trainer_is_asked_again(poc: Poc, undisturbed: Any, tmp_path: P
     assert attempts == {"site-1": 1, "site-2": 2, "site-3": 1}
 
 
+def test_sites_that_grow_trees_together_meet_again_after_one_was_killed(poc: Poc, tmp_path: Path) -> None:
+    """Between its trees and the word of them, in the round's second phase: the others' trees are the same."""
+    algorithm = {"kind": "xgboost", "mode": "histogram", "params": {"objective": "binary:logistic"}}
+    recipe = builders.recipe(algorithm=algorithm, workload="tests.builders:labelled")
+    expected = builders.head(builders.run(recipe)).model_digest
+    fault = fail_at("update objects", site="site-2", round=1, nth=2, token=tmp_path / "struck")
+    run = poc.execute(recipe, "trees", fault)
+    assert run.result(MINUTES).model_digest == expected
+    assert fault.struck
+
+
 def test_a_run_survives_an_api_that_is_gone_for_100_seconds(poc: Poc, undisturbed: Any, tmp_path: Path) -> None:
     """The server is killed while the sites train, and comes back 100 s later."""
     log = tmp_path / "trainings"

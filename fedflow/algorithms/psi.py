@@ -210,14 +210,13 @@ class PSI(Algorithm):
 
     def _blinded(self, work: Own, ctx: RoundContext) -> tuple[dict[str, Tensor], SiteSecrets]:
         """A list under a new key. From the system's random numbers: whoever knew them could try items out."""
-        place = {"run": ctx.run, "round": ctx.round, "site": ctx.site}
         try:
             items = texts(work.items(self.column), self.unicode, self.ignore_case)
         except ValueError as error:
-            raise TrainingInvalid(f"psi: {error}", **place) from error  # type: ignore[arg-type]
+            raise TrainingInvalid(f"psi: {error}", **ctx.place) from error
         if len(items) > self.max_items:
             told = field_error("psi: items", len(items), f"at most {self.max_items}", "raise algorithm.max_items")
-            raise TrainingInvalid(told, **place)  # type: ignore[arg-type]
+            raise TrainingInvalid(told, **ctx.place)
         scalar, key = os.urandom(POINT), _sealing()[0].generate()
         points = _split(_raised(scalar, b"".join(_hashed(items)), _threads(work)))
         order = sorted(range(len(items)), key=points.__getitem__)

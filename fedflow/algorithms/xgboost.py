@@ -224,7 +224,7 @@ class XGBoost(Algorithm):
                 sent = _grown(self._params(threads, ctx.seed % 2**31), rows, self.trees_per_round, before)
         if len(sent) > (limit := _MEETING if ctx.phase == "meet" else self.size_limit):
             fix = "lower trees_per_round or max_depth, or raise algorithm.size_limit"
-            raise TrainingInvalid(field_error("xgboost", f"{len(sent)} bytes", f"at most {limit}", fix), **_place(ctx))
+            raise TrainingInvalid(field_error("xgboost", f"{len(sent)} bytes", f"at most {limit}", fix), **ctx.place)
         tensors = {"sent": {"bytes": _bytes(sent)}}
         return Update(ctx.site, ctx.round, rows.num_row(), 1, 0.0, tensors, numerics=work.recorded()), site_state
 
@@ -256,7 +256,7 @@ def _told(ctx: RoundContext) -> Iterator[None]:
         yield
     except (ValueError, TypeError) as error:  # XGBoostError is a ValueError
         first = str(error).partition("\nStack trace")[0].partition("Check failed: ")
-        raise TrainingInvalid(f"xgboost: {(first[2] or first[0])[:1000]}", **_place(ctx)) from error
+        raise TrainingInvalid(f"xgboost: {(first[2] or first[0])[:1000]}", **ctx.place) from error
 
 
 def _xgboost() -> Any:
@@ -436,7 +436,3 @@ def _json(data: Tensor) -> Json:
 
 def _bytes(data: bytes) -> Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
-
-
-def _place(ctx: RoundContext) -> dict[str, Any]:
-    return {"run": ctx.run, "round": ctx.round, "site": ctx.site}

@@ -283,7 +283,7 @@ class Algorithm(Described):
     trains: ClassVar[bool] = True
     """Whether its sites' work is a `Training` of the recipe's model; otherwise it is `Own`, and the recipe may leave out a model."""
     needs_all: ClassVar[bool] = False
-    """Whether a round needs an answer of every site that is asked: a quorum is then refused."""
+    """Whether a round needs an answer of every site of its schedule, be it there or not: a quorum is then refused."""
     phases: ClassVar[tuple[str, ...]] = ("train",)
     """Exchanges within a round, in order; each has its own openings, closing and commit."""
     partitionable: ClassVar[bool] = True

@@ -347,8 +347,10 @@ def check_cohort(
 
     cohort: sites that are asked; there: that could be; absent: site -> why it could not
     """
-    missing = sorted(set(recipe.required_sites) & absent.keys())
-    if missing:
+    required = set(recipe.required_sites)
+    if recipe.computation.needs_all:
+        required |= set(recipe.schedule.names or absent)
+    if missing := sorted(required & absent.keys()):
         raise QuorumLost(
             f"required sites are absent: {_named(missing, absent)}; start their workers and resume",
             run=run,

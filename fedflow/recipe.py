@@ -27,7 +27,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_core import PydanticCustomError, core_schema
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from fedflow import algorithms, schedules, transforms
 from fedflow.algorithm import Algorithm, Schedule, Transform
@@ -483,8 +483,11 @@ class Recipe(Described):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         problems = self.timeouts.contradictions(self.attempts)
-        if self.federated_evaluation and not self.algorithm.trains:
+        if self.federated_evaluation and not self.algorithm.evaluates:
             problems.append(f"federated_evaluation: found true, expected false with algorithm {self.algorithm.kind}")
+        if self.evaluation and self.algorithm.model_files:
+            kind, fix = self.algorithm.kind, "let the sites evaluate (federated_evaluation)"
+            problems.append(field_error("evaluation", self.evaluation.path, f"none with algorithm {kind}", fix))
         if clash := sorted({"last"} & self.checkpoints.keys()):
             problems.append(f"checkpoints: found {clash}, which is what `checkpoint` is called; choose another name")
         if self.transforms and not self.algorithm.trains:
@@ -502,6 +505,9 @@ class Recipe(Described):
                 problems.append(
                     f"{field} ({given}) must be at least {least}, which algorithm.reduction needs; raise it"
                 )
+        if self.algorithm.needs_all and self.quorum is not None:
+            needs = f"none with algorithm {self.algorithm.kind}, which needs everyone who is asked"
+            problems.append(field_error("quorum", self.quorum, needs, "leave it out; name the sites in schedule.sites"))
         problems += self.algorithm.objections(self.training)
         for site in self.overrides:
             try:
@@ -512,6 +518,13 @@ class Recipe(Described):
         if problems:
             raise PydanticCustomError("contradiction", "{problems}", {"problems": "; ".join(problems)})
         return self
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """A form cannot know before whether a model will be needed; `_without_a_model` does, and then says so."""
+        found = super().__get_pydantic_json_schema__(schema, handler)
+        handler.resolve_ref_schema(found)["required"].remove("model")
+        return found
 
     # -- reading and writing
     @classmethod

@@ -76,6 +76,17 @@ def table(site: str) -> dict[str, Any]:
     return {"x": work.inputs[:, 0].double().numpy(), "site": [site] * len(work)}
 
 
+def named(site: str) -> list[str]:
+    """12, 20 or 28 texts, those of one site being those of the next one too."""
+    return [f"row-{i}" for i in range(len(Blobs(site)))]
+
+
+def labelled(site: str) -> Any:
+    """As many rows of whole numbers, with labels 0 and 1."""
+    features = (Blobs(site).inputs * 4).round().numpy()
+    return features, (features[:, 0] > 0).astype("float32")
+
+
 def trainings(log: Path) -> Counter[str]:
     """Site -> how often it was trained."""
     return Counter(log.read_text().split()) if log.exists() else Counter()

@@ -10,6 +10,7 @@ import types
 from pathlib import Path
 
 import pytest
+import yaml
 
 from fedflow.engine import simulate
 from fedflow.local import ScriptWorkload
@@ -52,6 +53,25 @@ def test_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_statistics(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     run(ROOT / "docs" / "statistics.md", monkeypatch)
+
+
+def test_psi(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    run(ROOT / "docs" / "psi.md", monkeypatch)
+
+
+def test_xgboost(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    run(ROOT / "docs" / "xgboost.md", monkeypatch)
+
+
+def test_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The settings fit together, too."""
+    run(path := ROOT / "docs" / "timeouts.md", monkeypatch)
+    blocks = re.findall(r"^```yaml\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE)
+    for block in blocks:
+        Recipe.load({"name": "page", "model": "a:B", "workload": "a:C", "rounds": 1, **yaml.safe_load(block)})
+    assert len(blocks) == 3
 
 
 # -- docs/simulation.md ------------------------------------------------------------------------------------------------

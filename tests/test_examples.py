@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fedflow import algorithms
+from fedflow import algorithms, schedules
 from fedflow.engine import simulate
 from fedflow.engine.aggregation import read_model
 from fedflow.local import build_model
@@ -62,3 +63,16 @@ def test_there_is_a_recipe_for_every_algorithm() -> None:
     tasks = [path for path in (EXAMPLES / "tasks").glob("*.yaml") if path.name != "federation.yaml"]
     found = {Recipe.load(path).algorithm.kind for path in (*RECIPES, *tasks)}
     assert found == {getattr(algorithms, name).model_fields["kind"].default for name in algorithms.__all__}
+
+
+def test_the_page_of_recipes_names_every_one_and_every_schedule() -> None:
+    """Each of them is run: here, in tests/test_task_examples.py, in tests/test_training_examples.py; digits, which is what `fedflow init`
+    lays out, in tests/cli."""
+    page = (EXAMPLES.parent / "docs" / "recipes.md").read_text()
+    named = set(re.findall(r"`(examples/\S+\.yaml)`", page))
+    known = {str(path.relative_to(EXAMPLES.parent)) for path in EXAMPLES.rglob("*.yaml")}
+    assert named == {path for path in known if not path.endswith("federation.yaml")} | {"examples/digits/recipe.yaml"}
+    kinds = [getattr(schedules, name).model_fields["kind"].default for name in schedules.__all__]
+    assert [kind for kind in kinds if f"`{kind}`" not in page and f"schedule: {kind}`" not in page] == []
+    links = re.findall(r"\]\(([^)#]+)\)", page)
+    assert [link for link in links if not (EXAMPLES.parent / "docs" / link).exists()] == []

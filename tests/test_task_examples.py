@@ -19,7 +19,7 @@ from fedflow.recipe import Federation, Recipe
 from fedflow.store.journal import Journal
 
 FOLDER = Path(__file__).parents[1] / "examples" / "tasks"
-KNOWN = ("evaluation", "kmeans", "newton", "pca", "tables")
+KNOWN = ("evaluation", "histogram", "kmeans", "newton", "pca", "psi", "tables", "trees")
 
 
 @pytest.fixture(autouse=True)
@@ -92,3 +92,19 @@ def test_statistics_are_numpys_on_all_rows(sites: ModuleType) -> None:
         assert figures["count"] == len(x) and figures["variance"] == pytest.approx(x.var(ddof=1), rel=1e-12)
         assert figures["mean"] == pytest.approx(x.mean(), rel=1e-12, abs=1e-14)
         assert sum(figures["histogram"]["counts"]) == len(x)
+
+
+def test_the_patients_in_common_are_those_of_the_sets(sites: ModuleType) -> None:
+    import psi  # type: ignore[import-not-found]
+
+    known = [set(psi.patients(site)) for site in ("site-1", "site-2", "site-3")]
+    found = read_result(run("psi")).values
+    assert found["intersection"] == len(set.intersection(*known)) > 0
+    assert list(found["sites"].values()) == [len(one) for one in known]
+
+
+@pytest.mark.parametrize("name", ["trees", "histogram"])
+def test_trees_tell_the_patients_apart(name: str) -> None:
+    journal = run(name)
+    manifest = journal.manifest(max(round for round, _ in journal.committed()), "validate")
+    assert manifest is not None and (manifest.metrics["auc"] or 0) > 0.97

@@ -8,13 +8,16 @@ from fedflow.algorithms.feddyn import FedDyn
 from fedflow.algorithms.fednova import FedNova
 from fedflow.algorithms.fedopt import FedOpt
 from fedflow.algorithms.fedprox import FedProx
+from fedflow.algorithms.psi import PSI
 from fedflow.algorithms.qfedavg import QFedAvg
 from fedflow.algorithms.scaffold import Scaffold
 from fedflow.algorithms.statistics import Statistics
 from fedflow.algorithms.streaming import StreamingDiLoCo
 from fedflow.algorithms.task import FederatedTask
+from fedflow.algorithms.xgboost import XGBoost
 
 __all__ = [
+    "PSI",
     "DiLoCo",
     "Evaluation",
     "FedAvg",
@@ -28,4 +31,5 @@ __all__ = [
     "Scaffold",
     "Statistics",
     "StreamingDiLoCo",
+    "XGBoost",
 ]

@@ -19,6 +19,7 @@ from fedflow.cli import (
     files,
     looking,
     metrics,
+    psi,
     recipes,
     results,
     roster,
@@ -76,6 +77,7 @@ app.command("metrics")(metrics.metrics)
 app.command("export")(files.export)
 app.command("result")(results.result)
 app.command("stats")(statistics.stats)
+app.command("psi")(psi.psi)
 app.command("evaluate")(evaluating.evaluate)
 app.command("init")(files.init)
 app.command("ui")(servers.ui)

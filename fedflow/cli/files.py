@@ -56,7 +56,10 @@ def plot(
 def export(
     run_id: RunId,
     out: Annotated[
-        Path, typer.Argument(metavar="OUT", help="A .safetensors file, or a .pt with a PyTorch state dict.")
+        Path,
+        typer.Argument(
+            metavar="OUT", help="A .safetensors file, a .pt with a PyTorch state dict; of xgboost, .json or .ubj."
+        ),
     ],
     best: Annotated[bool, typer.Option("--best", help="The model of the round with the best key metric.")] = False,
     round: Annotated[
@@ -69,8 +72,8 @@ def export(
     from fedflow.engine.export import check_target, export_model
     from fedflow.engine.summary import summarize
 
-    check_target(out)
     journal = find_journal(run_id, home, store)
+    check_target(out, journal.recipe().algorithm.model_files)
     summary = summarize(journal)
     chosen = summary.rounds[_choose(summary, best, round)]
     notes = export_model(journal, chosen.round, out)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -24,9 +24,9 @@ __all__ = ["SUFFIXES", "check_target", "export_model", "state_dict", "write_file
 SUFFIXES = (".safetensors", ".pt", ".pth")
 
 
-def check_target(out: Path) -> None:
-    """Raises UserError where a model cannot be written to `out`."""
-    check_suffix("OUT", out, SUFFIXES)
+def check_target(out: Path, more: Sequence[str] = ()) -> None:
+    """Raises UserError where a model cannot be written to `out`. more: suffixes of the algorithm's own kinds of file"""
+    check_suffix("OUT", out, (*SUFFIXES, *more))
     if not out.absolute().parent.is_dir():
         raise UserError(field_error("OUT", str(out), "a folder that exists", f"make {out.parent}"))
 
@@ -35,15 +35,20 @@ def export_model(journal: Journal, round: int, out: Path) -> list[str]:
     """Write the model that `round` committed, verified, to `out`; whole or not at all. Returns notes for the user.
 
     .safetensors: each tensor once, under the name it is trained by
+    whatever the algorithm writes itself (xgboost: .json, .ubj)
     .pt, .pth: a plain PyTorch state dict, which loads with weights_only=True; tied tensors under all their names
     Raises UserError for another suffix, a round that is not committed, or a file that cannot be written.
     """
-    check_target(out)
     recipe = journal.recipe()
+    check_target(out, recipe.algorithm.model_files)
     manifest = journal.manifest(round, recipe.phases[-1])
     if manifest is None:
         raise UserError(field_error("--round", round, "a committed round", "see `fedflow runs show`"))
     groups = read_model(journal, manifest)
+    if out.suffix in recipe.algorithm.model_files:
+        content = recipe.algorithm.as_file(groups, out.suffix)
+        write_file(out, lambda path: path.write_bytes(content))
+        return []
     if out.suffix == ".safetensors":
         write_file(out, lambda path: save_file(_flat(groups), path, metadata=_origin(manifest)))
         return []

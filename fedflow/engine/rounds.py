@@ -119,6 +119,13 @@ def check_sites(recipe: Recipe, sites: Sequence[SiteId]) -> None:
         )
     if unknown := sorted(set(recipe.schedule.names) - set(sites)):
         raise UserError(field_error("schedule.sites", unknown, f"sites among {sorted(sites)}", "correct the names"))
+    if (most := recipe.computation.most_updates) is not None:
+        asked = len(recipe.schedule.plan(0, {site: SiteView() for site in sites}, recipe.seed).tasks)
+        least = recipe.computation.least_updates
+        if not least <= asked <= most:
+            expected = f"{least} to {most} with algorithm {recipe.algorithm.kind}"
+            fix = "name them in schedule.sites"
+            raise UserError(field_error("schedule", f"{asked} sites a round", expected, fix))
     for name in ("quorum", "min_sites"):
         wanted = getattr(recipe, name)
         if wanted is not None and wanted > len(sites):
@@ -303,7 +310,8 @@ def _make_plan(
         first = journal.plan(step.round, algorithm.phases[0])
         assert first is not None
         tasks = {s: t for s, t in first.tasks.items() if s in head.contributors}
-        quorum, late, back, there = first.quorum, first.late, 0, len(tasks)
+        quorum = min(algorithm.enough(step.phase, first.quorum), len(tasks))  # fewer, where those were enough before
+        late, back, there = first.late, 0, len(tasks)
     check_cohort(recipe, len(tasks), there, quorum, absent, run=journal.run, round=step.round)
     record = journal.record()
     return Plan(
@@ -340,8 +348,10 @@ def check_cohort(
 
     cohort: sites that are asked; there: that could be; absent: site -> why it could not
     """
-    missing = sorted(set(recipe.required_sites) & absent.keys())
-    if missing:
+    required = set(recipe.required_sites)
+    if recipe.computation.needs_all:
+        required |= set(recipe.schedule.names or absent)
+    if missing := sorted(required & absent.keys()):
         raise QuorumLost(
             f"required sites are absent: {_named(missing, absent)}; start their workers and resume",
             run=run,

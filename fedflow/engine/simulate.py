@@ -5,6 +5,7 @@ from __future__ import annotations
 import traceback
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from torch import nn
@@ -61,7 +62,7 @@ def simulate(
         resumed = False
         chosen = order(plan.round, sorted(plan.tasks.keys() - absent.keys()))
         works = [(SiteWork(plan.run, plan.round, plan.phase, opening.number), configs[s], given.get(s)) for s in chosen]
-        failures = _in_turn(works, objects, model)
+        failures = _attempts(works, objects, model, at_once=recipe.computation.together)
         closing = close_round(
             journal, plan, opening, survey(journal, plan), why="every site answered", missing=absent | failures
         )
@@ -71,15 +72,23 @@ def simulate(
     return journal
 
 
-def _in_turn(
-    works: list[tuple[SiteWork, SiteConfig, Any]], store: ObjectStore, model: Callable[[], nn.Module] | None
+def _attempts(
+    works: list[tuple[SiteWork, SiteConfig, Any]],
+    store: ObjectStore,
+    model: Callable[[], nn.Module] | None,
+    *,
+    at_once: bool,
 ) -> dict[SiteId, str]:
-    """Site -> why it failed."""
-    failures = {}
-    for work, config, workload in works:
-        if reason := _attempt(work, config, workload=workload, model=model, store=store):
-            failures[config.name] = reason
-    return failures
+    """Site -> why it failed. One after the other, or all at once."""
+
+    def attempt(one: tuple[SiteWork, SiteConfig, Any]) -> tuple[SiteId, str | None]:
+        work, config, workload = one
+        return config.name, _attempt(work, config, workload=workload, model=model, store=store)
+
+    if not at_once:
+        return {site: why for site, why in map(attempt, works) if why}
+    with ThreadPoolExecutor(max(len(works), 1)) as pool:
+        return {site: why for site, why in pool.map(attempt, works) if why}
 
 
 def _attempt(work: SiteWork, config: SiteConfig, **given: Any) -> str | None:

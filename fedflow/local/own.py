@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fedflow.algorithm import Algorithm, Own, Training
 from fedflow.algorithms.statistics import Dataset, StatisticsPolicy
+from fedflow.algorithms.xgboost import Tracker
 from fedflow.local import numerics
+from fedflow.local.matching import KeyedTable, items_of
 from fedflow.local.tables import Tables, datasets_of
+from fedflow.local.together import boosted_together
 from fedflow.local.training import training_of
 from fedflow.local.workload import Setup, check_workload
 from fedflow.recipe import Numerics
@@ -40,6 +43,38 @@ class OwnData:
 
     def datasets(self) -> dict[str, Dataset]:
         return datasets_of(self.data)
+
+    def items(self, column: str | None) -> Iterable[Any]:
+        return self.data.items() if isinstance(self.data, KeyedTable) else items_of(self.data, column)
+
+    def matched(self, items: Sequence[str]) -> None:
+        if callable(found := getattr(self.data, "matched", None)):
+            found(items)
+
+    def boosted(
+        self,
+        rows: Any,
+        params: Mapping[str, Any],
+        iterations: int,
+        booster: bytes | None,
+        meeting: Mapping[str, Any],
+        tracker: Tracker | None,
+        patience: float,
+        ctx: RoundContext,
+    ) -> bytes:
+        assert ctx.site is not None
+        sites = meeting["sites"]
+        return boosted_together(
+            ctx.site,
+            sites,
+            meeting["name"],
+            leader=sites[0] if tracker is None else tracker.site,
+            address=None if tracker is None else (tracker.host, tracker.port),
+            patience=patience,
+            rows=rows,
+            job={"params": dict(params), "iterations": iterations},
+            booster=booster,
+        )
 
     def recorded(self) -> Mapping[str, Any]:
         return numerics.recorded(self.numerics)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from fedflow.algorithms.statistics import Dataset, StatisticsPolicy
 from fedflow.errors import ResolveError, field_error
 
-__all__ = ["Images", "Tables", "datasets_of"]
+__all__ = ["Images", "Tables", "columns_of", "datasets_of"]
 
 RESERVED = "not_numeric"
 """What a dataset cannot be called."""
@@ -91,7 +91,7 @@ def datasets_of(data: Any) -> dict[str, Dataset]:
 
 
 def _dataset(name: str, table: Any) -> Dataset:
-    raw = _columns(name, table)
+    raw = columns_of(name, table)
     lengths = {len(column) for column in raw.values()}
     if len(lengths) > 1:
         raise ResolveError(field_error(f"table {name!r}", sorted(lengths), "columns of one length", "mend it"))
@@ -129,7 +129,7 @@ def _number(value: Any) -> float:
         return float("nan")
 
 
-def _columns(name: str, table: Any) -> dict[str, Any]:
+def columns_of(name: str, table: Any) -> dict[str, Any]:
     """Name -> column, of whatever kind of table."""
     if isinstance(table, (str, Path)):
         return _read(Path(table))

@@ -116,6 +116,9 @@ def simulate(
                 "backend", backend, "'debug' where workloads or model are given as objects", "name them in the recipe"
             )
         )
+    if backend != "processes" and recipe.computation.together:
+        expected = f"'processes' with algorithm {recipe.algorithm.kind}, whose sites work at the same time"
+        raise UserError(field_error("backend", backend, expected, "leave it out"))
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise UserError(
             "simulate: found a call while a worker process imports the script; call it below `if __name__ == '__main__':`"
@@ -127,6 +130,8 @@ def simulate(
         recipe = amend_run(journal, recipe, sites=names)
         noted_trace(journal, trace)
         everyone, count = journal.sites(), workers or len(os.sched_getaffinity(0))
+        if recipe.computation.together:
+            count = max(count, len(names))  # they wait for each other
         head = journal.head(recipe.computation.phases)
         assert head is not None
         crew: Crew
@@ -201,10 +206,12 @@ class Simulation:
         while step:
             if step.phase == self.algorithm.phases[0]:
                 chosen, quorum = self._planned(step)
+                closes = quorum
             else:
                 chosen = {site: task for site, task in chosen.items() if site in contributors}
-                chosen, quorum = self._checked(step, chosen, quorum, self._absent)
-            done = self._phase(step, chosen, quorum)
+                closes = min(self.algorithm.enough(step.phase, quorum), len(chosen))
+                chosen, closes = self._checked(step, chosen, closes, self._absent)
+            done = self._phase(step, chosen, closes)
             contributors = set(done.contributors)
             writer.put(done)
             step = self._after(step)

@@ -26,6 +26,10 @@ class Transformed(Algorithm):
         return bool(self.algorithm.trains)
 
     @property
+    def needs_all(self) -> bool:  # type: ignore[override]
+        return bool(self.algorithm.needs_all)
+
+    @property
     def phases(self) -> tuple[str, ...]:  # type: ignore[override]
         return tuple(self.algorithm.phases)
 
@@ -57,6 +61,18 @@ class Transformed(Algorithm):
     @property
     def least_updates(self) -> int:
         return int(self.algorithm.least_updates)
+
+    @property
+    def most_updates(self) -> int | None:
+        found: int | None = self.algorithm.most_updates
+        return found
+
+    def enough(self, phase: str, quorum: int) -> int:
+        return int(self.algorithm.enough(phase, quorum))
+
+    @property
+    def together(self) -> bool:
+        return bool(self.algorithm.together)
 
     @property
     def local_steps(self) -> int | None:

@@ -29,6 +29,9 @@ class Validated(Transformed):
     def phases(self) -> tuple[str, ...]:  # type: ignore[override]
         return (*self.algorithm.phases, VALIDATE)
 
+    def enough(self, phase: str, quorum: int) -> int:
+        return quorum if phase == VALIDATE else super().enough(phase, quorum)
+
     # -- server
     def broadcast(self, state: Any, phase: str) -> Groups:
         return self.model(state) if phase == VALIDATE else super().broadcast(state, phase)
@@ -55,6 +58,6 @@ class Validated(Transformed):
     def site_update(self, broadcast: Groups, site_state: Any, work: Any, ctx: RoundContext) -> tuple[Update, Any]:
         if ctx.phase != VALIDATE:
             return super().site_update(broadcast, site_state, work, ctx)
-        found = work.evaluate(broadcast, ctx)
+        found = self.algorithm.evaluated(broadcast, work, ctx)
         finite = {name: value for name, value in found.metrics.items() if math.isfinite(value)}
         return replace(found, metrics=finite).update(ctx, {}, {_EXAMPLES: float(found.examples)}), site_state

@@ -176,5 +176,5 @@ def test_init_where_nothing_can_be_written(project: Project) -> None:
 
 def test_schema(project: Project) -> None:
     schema = json.loads(project.call("recipe", "schema").out)
-    assert set(schema["required"]) >= {"name", "model", "workload", "rounds"}
+    assert set(schema["required"]) >= {"name", "workload", "rounds"} and "model" not in schema["required"]
     assert schema["properties"]["algorithm"]["oneOf"][0]["properties"]["kind"]["enum"]

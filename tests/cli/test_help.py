@@ -24,6 +24,7 @@ COMMANDS = [
         "result",
         "evaluate",
         "stats",
+        "psi",
         "init",
         "ui",
         "deploy",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,18 @@ def test_a_killed_trainer_is_asked_again(poc: Poc, undisturbed: Any, tmp_path: P
     assert builders.trainings(log) == Counter({"site-1": 2, "site-2": 3, "site-3": 2})
     attempts = {a.site: a.attempt for a in run.journal.attempts(run.journal.plan(1, "train"))}
     assert attempts == {"site-1": 1, "site-2": 2, "site-3": 1}
+
+
+def test_sites_that_grow_trees_together_meet_again_after_one_was_killed(poc: Poc, tmp_path: Path) -> None:
+    """After its trees have grown, before they are sent: those of the others are the same, and one answer is enough."""
+    algorithm = {"kind": "xgboost", "mode": "histogram", "params": {"objective": "binary:logistic"}}
+    recipe = builders.recipe(algorithm=algorithm, workload="tests.builders:labelled", timeouts={"quorum_grace": "2s"})
+    expected = builders.head(builders.run(recipe)).model_digest
+    fault = fail_at("update objects", site="site-2", round=1, token=tmp_path / "struck")
+    fault = replace(fault, at=r"sites/site-2/[^/]+/00001/boost/[0-9a-f]{64}\.safetensors$")
+    run = poc.execute(recipe, "trees", fault)
+    assert run.result(MINUTES).model_digest == expected
+    assert fault.struck
 
 
 def test_a_run_survives_an_api_that_is_gone_for_100_seconds(poc: Poc, undisturbed: Any, tmp_path: Path) -> None:

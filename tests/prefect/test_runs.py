@@ -88,6 +88,7 @@ def test_the_ui_shows_every_round_site_and_exclusion(poc: Poc) -> None:
 FOUND: dict[str, dict[str, Any]] = {
     "task": {"algorithm": {"kind": "task", "function": "tests.builders:summed", "reduction": "sum", "shared": ["sum"]}},
     "statistics": {"algorithm": "statistics", "workload": "tests.builders:table", "rounds": 1},
+    "psi": {"algorithm": "psi", "workload": "tests.builders:named", "rounds": 1},
     "evaluation": {
         "algorithm": {"kind": "evaluation", "cross_site": True},
         "workload": "tests.builders:HeldOut",
@@ -109,7 +110,12 @@ def test_what_a_run_finds_besides_a_model_is_the_same_deployed_and_is_shown(poc:
     with connect(poc.env.api_url) as client:
         shown = client.read_artifacts(artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=[f"{name}-result"])))
     page = max(shown, key=lambda a: a.created).data
-    told = {"task": '"sum": "float64[4]"', "statistics": "| data / x | 60 |", "evaluation": "| server:last |"}
+    told = {
+        "task": '"sum": "float64[4]"',
+        "statistics": "| data / x | 60 |",
+        "psi": "| **in all** | 12 |",
+        "evaluation": "| server:last |",
+    }
     assert told[name] in page and "```json" in page
 
 

@@ -1,0 +1,54 @@
+"""A process for one call of xgboost's federated plug-in, started by path: `boosting.py serve|train`, its job as JSON in a file.
+
+It ends when its standard input does: so with the site's process, however that ends.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+
+def serve(job: dict[str, Any]) -> None:
+    """xgboost's federated server, until all have gone."""
+    from xgboost.federated import run_federated_server
+
+    run_federated_server(job["size"], job["port"], timeout=int(job["patience"]))
+
+
+def train(job: dict[str, Any]) -> None:
+    """The new trees into the file `out`."""
+    import xgboost
+
+    where = {"dmlc_communicator": "federated", "federated_server_address": job["server"]}
+    place = {"federated_world_size": job["size"], "federated_rank": job["rank"]}
+    with xgboost.collective.CommunicatorContext(**where, **place):
+        booster = xgboost.Booster(model_file=job["booster"]) if job["booster"] else None
+        start = booster.num_boosted_rounds() if booster else 0
+        rows = xgboost.DMatrix(job["rows"])
+        grown = xgboost.train(job["params"], rows, job["iterations"], xgb_model=booster)
+    half = Path(job["out"] + ".half")
+    half.write_bytes(grown[start : start + job["iterations"]].save_raw("json"))
+    half.rename(job["out"])
+
+
+def _end_with_the_parent() -> None:
+    sys.stdin.buffer.read()
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+    task, given = sys.argv[1:]
+    try:
+        {"serve": serve, "train": train}[task](json.loads(Path(given).read_text(encoding="utf-8")))
+    except Exception as error:
+        Path(given + ".error").write_text(
+            f"{type(error).__name__}: {str(error).partition('Stack trace')[0]}", encoding="utf-8"
+        )
+        os._exit(1)
+    os._exit(0)

@@ -183,7 +183,8 @@ class RoundPlan:
     timeout:      from the opening to its deadline; None = the recipe's round_deadline
     accept_bases: how many rounds back an update may have started; 0 = this round's updates only
     late:         what becomes of an update that arrives after the closing; None = as the recipe says
-    aggregators:  who aggregates, in fail-over order; empty = the coordinator
+    aggregators:  sites at which the round is aggregated, in the order in which the role passes on; empty = the coordinator
+    regions:      regional aggregator -> sites whose updates it sums up; those of other sites go to the aggregation itself
     """
 
     tasks: Mapping[SiteId, SiteTask]
@@ -192,6 +193,7 @@ class RoundPlan:
     accept_bases: int | None = None
     late: Literal["drop", "carry"] | None = None
     aggregators: Sequence[SiteId] = ()
+    regions: Mapping[str, Sequence[SiteId]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

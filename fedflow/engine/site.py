@@ -58,7 +58,7 @@ from fedflow.store.tensors import StoredTensors, read_tensors, write_tensors
 from fedflow.tensors import LazyGroups
 from fedflow.types import RoundContext, SiteTask, Update
 
-__all__ = ["SiteWork", "failure_of", "hard_deadline", "site_step"]
+__all__ = ["SiteWork", "failure_of", "hard_deadline", "killed_after", "site_step"]
 
 _log = logging.getLogger(__name__)
 
@@ -407,7 +407,14 @@ def hard_deadline(work: SiteWork, config: SiteConfig) -> Iterator[None]:
         finally:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    timer = threading.Timer(max(left.total_seconds(), 0.1), expire)
+    with killed_after(left, expire):
+        yield
+
+
+@contextlib.contextmanager
+def killed_after(limit: timedelta, expire: Callable[[], None]) -> Iterator[None]:
+    """Have a thread call `expire`, which is to kill this process, if the body outlives `limit`; or the kernel a little later."""
+    timer = threading.Timer(max(limit.total_seconds(), 0.1), expire)
     timer.daemon = True
     timer.start()
     with _alarm(timer.interval + ALARM_AFTER):

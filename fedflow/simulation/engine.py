@@ -180,6 +180,7 @@ class Simulation:
         self._values = key_metrics(self.journal, self.recipe)
         self._clock = Clock.of(self.journal, self.recipe, head)
         self._lateness: tuple[Literal["drop", "carry"], int] = ("drop", 0)
+        self._regions: Mapping[str, Sequence[SiteId]] = {}
         self._broadcasts: dict[int, Phase] = {}  # of earlier rounds, from which sites are still at work
         needed = bool(algorithm.SiteState.__dataclass_fields__) and not algorithm.renewable
         number = self._number(head.round, head.phase)
@@ -222,9 +223,9 @@ class Simulation:
         while True:
             absent = clock.offline(self._everyone) | self._absent if clock else self._absent
             view = _View(self._everyone, self._entries, absent, clock.flights if clock else {})
-            wanted = self.recipe.schedule.plan(step.round, view, self.recipe.seed)
-            self._lateness = lateness(self.recipe, wanted)
             try:
+                wanted = self.recipe.schedule.plan(step.round, view, self.recipe.seed)
+                self._lateness, self._regions = lateness(self.recipe, wanted), wanted.regions
                 return self._checked(step, wanted.tasks, wanted.quorum, absent)
             except QuorumLost:
                 if clock is None or not clock.wait([s for s in self._everyone if s not in self._absent], since):
@@ -246,6 +247,7 @@ class Simulation:
         first = self.algorithm.phases[0]
         plan = self.journal.plan(step.round, first) if step.phase != first else None
         tasks = plan.tasks if plan else {}
+        self._regions = plan.regions if plan else {}
         return {site: SiteTask(task.steps, task.overrides) for site, task in tasks.items()}, plan.quorum if plan else 0
 
     # -- one phase
@@ -334,6 +336,10 @@ class Simulation:
         """What the algorithm makes of the updates, and in which context. Raises QuorumLost where they are too few."""
         algorithm, step = self.algorithm, done.step
         context = RoundContext.at(self.recipe.seed, self.journal.run, step.round, step.phase, None, len(self._everyone))
+        if self._regions:
+            averager = self._by_region(answers, done)
+            self._check_quorum(done, quorum)
+            return averager.aggregate(), context
         if algorithm.averages and not algorithm.measures:
             averager = self._averaged(answers, done)
             self._check_quorum(done, quorum)
@@ -376,6 +382,18 @@ class Simulation:
                     update = replace(update, tensors=copied(update.tensors))
                 averager.add(update, weight)
         return averager
+
+    def _by_region(self, answers: Iterator[Answers], done: _Done) -> Averager:
+        """The updates that count, those of a region summed up apart, as its aggregator does."""
+        regions = {site: region for region, sites in self._regions.items() for site in sites}
+        averagers: dict[str | None, Averager] = {None: Averager()}
+        for _, read in self._decoded(answers, done):
+            averager = averagers.setdefault(regions.get(read.site), Averager())
+            averager.add(read, self.algorithm.weight(read))
+        whole = averagers.pop(None)
+        for _, averager in sorted(averagers.items()):
+            whole.add_partial(averager.partial())
+        return whole
 
     def _decoded(self, answers: Iterator[Answers], done: _Done) -> Iterator[tuple[Update, Update]]:
         """The updates that count, as they were sent and as the algorithm reads them, in memory of their own."""
@@ -448,6 +466,7 @@ class Simulation:
             late="drop",
             amendments=len(self.journal.amendments()),
             num_sites=len(self._everyone),
+            regions={region: list(sites) for region, sites in self._regions.items()},
         )
 
     # -- commits, written by another thread

@@ -45,6 +45,8 @@ Step = Literal[
     "update manifest",
     "closing",
     "server objects",  # of aggregation
+    "workplace objects",  # of an aggregation at a site or a region
+    "workplace record",
     "manifest",  # the commit
     "evaluation",
 ]
@@ -224,6 +226,8 @@ def fail_at(
         "update manifest": rf"sites/{name}/[^/]+/{number}/[^/]+/{digest}\.json$",
         "closing": rf"{public}/closed/\d+(\.\d+)?\.json$",
         "server objects": rf"(public|server)/[^/]+/objects/{digest}",
+        "workplace objects": rf"sites/{name}/[^/]+/objects/{digest}",
+        "workplace record": rf"sites/{name}/[^/]+/aggregated/{digest}\.json$",
         "manifest": rf"{server}/[^/]+/manifest\.json$",
         "evaluation": rf"{server}/evaluation\.json$",
     }

@@ -138,6 +138,9 @@ class Buffered(Schedule):
     """τ of the oldest update that counts, in rounds; a site that is at work for longer is stopped, and asked anew. Ours."""
     concurrency: Annotated[int, Field(ge=1, strict=True)] | None = None
     """Sites at work at a time, drawn anew among those that are idle; the paper's M_c. Default: all that are online."""
+    dynamic_steps: Annotated[int, Field(ge=1, strict=True)] | None = None
+    """H, dynamic local updates (arXiv:2401.09135): the fastest site takes so many steps, each other one as many of them as its speed in its
+    last contribution says, so that all take about as long. Default: as `training` says."""
 
     @model_validator(mode="after")
     def _enough(self) -> Buffered:
@@ -159,11 +162,17 @@ class Buffered(Schedule):
         free = len(idle) if self.concurrency is None else max(self.concurrency - len(at_work), 0)
         cohort = sorted([*at_work, *idle[:free]])
         return RoundPlan(
-            {site: SiteTask() for site in cohort},
+            {site: SiteTask(self._steps(site, view)) for site in cohort},
             quorum=min(self.size, len(cohort)),
             accept_bases=self.max_staleness,
             late="carry",
         )
+
+    def _steps(self, site: SiteId, view: FederationView) -> int | None:
+        """⌊H vᵢ / max v⌋, at least 1, v being steps per second; H for a site that has not contributed."""
+        H = self.dynamic_steps
+        speeds = {s: seen.steps / seen.seconds for s, seen in view.items() if seen.steps and seen.seconds}
+        return H if H is None or site not in speeds else max(1, math.floor(H * speeds[site] / max(speeds.values())))
 
 
 # -- where a round is aggregated -----------------------------------------------------------------------------------------

@@ -146,7 +146,7 @@ class SiteView:
     online:    a worker of the site was seen within the grace period
     in_flight: base round of an update that is still being made, None if there is none
     last_round: the last round it contributed to, None if none
-    seconds:   duration of its last contribution, None if none
+    seconds:   duration of its last contribution, None if none; steps: optimizer steps in it
     failures:  exclusions in a row
     """
 
@@ -155,6 +155,7 @@ class SiteView:
     last_round: int | None = None
     seconds: float | None = None
     failures: int = 0
+    steps: int | None = None
 
 
 FederationView = Mapping[SiteId, SiteView]

@@ -319,7 +319,9 @@ def _site_records(
 ) -> dict[SiteId, SiteRecord]:
     records = dict(parent.sites)
     for site, c in contributors.items():
-        records[site] = SiteRecord(accepted=c.update, last_round=plan.round, seconds=c.seconds, failures=0)
+        records[site] = SiteRecord(
+            accepted=c.update, last_round=plan.round, seconds=c.seconds, failures=0, steps=c.steps
+        )
     for site in closing.excluded:
         before = records.get(site, SiteRecord())
         records[site] = before.model_copy(update={"failures": before.failures + 1})

@@ -226,7 +226,7 @@ def federation_view(
     """What is known of every site. absent: site -> why it cannot be asked now; at_work: site -> base of what it still makes."""
     known = {site: head.sites.get(site, SiteRecord()) for site in journal.sites()}
     return {
-        site: SiteView(site not in absent, at_work.get(site), r.last_round, r.seconds, r.failures)
+        site: SiteView(site not in absent, at_work.get(site), r.last_round, r.seconds, r.failures, r.steps)
         for site, r in known.items()
     }
 

@@ -444,7 +444,8 @@ class Simulation:
     def _note(self, done: _Done) -> None:
         """What the phase says of its sites."""
         for site, answer in done.contributors.items():
-            done.entries[site] = Entry(done.number, done.step.round, answer.seconds)
+            steps = answer.update.steps if answer.update else None
+            done.entries[site] = Entry(done.number, done.step.round, answer.seconds, steps=steps)
         for site in (*self._absent, *done.excluded):
             before = self._entries.get(site, Entry(done.number))
             done.entries[site] = replace(before, step=done.number, failures=before.failures + 1)

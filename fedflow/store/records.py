@@ -314,12 +314,13 @@ class Reduced(_Record):
 
 
 class SiteRecord(_Record):
-    """What the server remembers of a site. accepted: digest of its last accepted update."""
+    """What the server remembers of a site. accepted: digest of its last accepted update, which took seconds and steps."""
 
     accepted: str | None = None
     last_round: int | None = None
     seconds: float | None = None
     failures: int = 0
+    steps: int | None = None
 
 
 class ContributorSummary(_Record):

@@ -127,7 +127,7 @@ class Buffered(Schedule):
     al., arXiv:2106.06639).
 
     A site that is at work when a round closes goes on, until its own round's deadline, and its update counts in a later one; one that has
-    finished is asked again with the next round. Set `timeouts.quorum_grace: 0s`: a round is not to wait for more.
+    finished before is asked again at once, for an update that counts in the next round. Set `timeouts.quorum_grace: 0s`: a round is not to wait for more.
     """
 
     kind: Literal["buffered"] = "buffered"
@@ -138,6 +138,9 @@ class Buffered(Schedule):
     """τ of the oldest update that counts, in rounds; a site that is at work for longer is stopped, and asked anew. Ours."""
     concurrency: Annotated[int, Field(ge=1, strict=True)] | None = None
     """Sites at work at a time, drawn anew among those that are idle; the paper's M_c. Default: all that are online."""
+    ask_again: bool = True
+    """Whether a site that finished before its round closed is asked for another update from the same model, so that it is never idle; once a
+    round. As in the paper, where whoever finishes is replaced at once."""
     dynamic_steps: Annotated[int, Field(ge=1, strict=True)] | None = None
     """H, dynamic local updates (arXiv:2401.09135): the fastest site takes so many steps, each other one as many of them as its speed in its
     last contribution says, so that all take about as long. Default: as `training` says."""
@@ -166,6 +169,7 @@ class Buffered(Schedule):
             quorum=min(self.size, len(cohort)),
             accept_bases=self.max_staleness,
             late="carry",
+            again=self.ask_again,
         )
 
     def _steps(self, site: SiteId, view: FederationView) -> int | None:

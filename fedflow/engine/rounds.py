@@ -304,6 +304,7 @@ def _make_plan(
         tasks = {s: TaskRecord(steps=t.steps, overrides=dict(t.overrides)) for s, t in wanted.tasks.items()}
         quorum = recipe.quorum if recipe.quorum is not None else wanted.quorum
         late, back = lateness(recipe, wanted)
+        again = wanted.again and late == "carry" and back > 0
         aggregators, regions = wanted.aggregators, wanted.regions
         there = sum(site.online for site in view.values())
     else:
@@ -311,7 +312,7 @@ def _make_plan(
         assert first is not None
         tasks = {s: t for s, t in first.tasks.items() if s in head.contributors}
         quorum, late, back, there = first.quorum, first.late, 0, len(tasks)
-        aggregators, regions = first.aggregators, first.regions
+        again, aggregators, regions = False, first.aggregators, first.regions
     check_cohort(recipe, len(tasks), there, quorum, absent, run=journal.run, round=step.round)
     record = journal.record()
     return Plan(
@@ -330,6 +331,7 @@ def _make_plan(
         late=late,
         amendments=len(journal.amendments()),
         num_sites=len(journal.sites()),
+        again=again,
         aggregators=list(aggregators),
         regions={region: list(sites) for region, sites in regions.items()},
     )

@@ -120,7 +120,9 @@ def plan_and_open(
     with connected() as client:
         absent = absent_sites(client, federation, journal.sites(), journal.recipe().schedule.regional)
         late = at_work(client, journal.record().nonce, step.round) if before and before.late == "carry" else {}
-        bases = {site: base for site, (base, _) in late.items()}
+        asked_again = journal.attempts(before) if before and before.again else []
+        bases = {a.site: step.round - 1 for a in asked_again if a.attempt == 0}
+        bases |= {site: base for site, (base, _) in late.items()}
         plan, opening = open_round(journal, step, absent=absent, at_work=bases, reopen=reopen, why=why, ends=ends)
         outdated = [run for base, run in late.values() if base not in plan.accept_bases]
         cancel(client, outdated, f"round {step.round} does not count updates that are so old")
@@ -143,10 +145,10 @@ def dispatch(journal: Journal, plan: Plan, opening: Opening, late: dict[str, UUI
     if journal.closing(plan, opening.number) is not None:
         return {}
     sites = sorted(plan.tasks.keys() - survey(journal, plan).answered())
-    sent = {a.site: 1 for a in journal.attempts(plan) if a.opening == opening.number}
+    sent: dict[str, int] = {}
     for a in journal.attempts(plan):
-        if a.opening == opening.number:
-            sent[a.site] = max(sent[a.site], a.attempt)
+        if a.opening == opening.number and a.attempt:
+            sent[a.site] = max(sent.get(a.site, 1), a.attempt)
     origin = Origin.here()
     with connected() as client:
 

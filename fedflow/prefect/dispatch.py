@@ -51,12 +51,22 @@ STORE_PATIENCE = timedelta(minutes=10)
 
 
 def send(
-    client: SyncPrefectClient, journal: Journal, plan: Plan, opening: Opening, site: SiteId, attempt: int, of: Origin
+    client: SyncPrefectClient,
+    journal: Journal,
+    plan: Plan,
+    opening: Opening,
+    site: SiteId,
+    attempt: int,
+    of: Origin,
+    after: str | None = None,
 ) -> UUID:
-    """Have `site` start attempt `attempt`; its flow run's id. Journalled first, and sent once however often it is called."""
+    """Have `site` start attempt `attempt`; its flow run's id. Journalled first, and sent once however often it is called.
+
+    after: its update that counts in this round, with attempt 0: it is asked for another one
+    """
     key = f"{plan.nonce}/{plan.round}/{opening.number}/{plan.phase}/{site}/{attempt}"
     journal.put_attempt(plan, Attempt(opening=opening.number, site=site, attempt=attempt, key=key, at=utc_now()))
-    given = {"opening": opening.number, "attempt": attempt, "site": site}
+    given = {"opening": opening.number, "attempt": attempt, "site": site, **({"after": after} if after else {})}
     return _start(client, plan, SITE_FLOW, site, f"{site}{_again(attempt)}", key, given, f"site:{site}", of)
 
 
@@ -107,7 +117,7 @@ def _start(
 
 
 def _again(attempt: int) -> str:
-    return f" · attempt {attempt}" if attempt > 1 else ""
+    return f" · attempt {attempt}" if attempt > 1 else "" if attempt else " · again"
 
 
 def _stand_in(flow: str, workplace: str) -> Task[..., None]:
@@ -190,6 +200,7 @@ class Collector:
     quorum_since: datetime | None = None
     surveyed: float = 0.0
     over: set[UUID] = field(default_factory=set)
+    again: set[SiteId] = field(default_factory=set)
     outage: bool = False
 
     def run(self) -> Closing:
@@ -201,6 +212,7 @@ class Collector:
                 if why := self._may_close():
                     missing = self.missing()
                     return close_round(self.journal, self.plan, self.opening, self.found, why=why, missing=missing)
+                self._ask_again()
             except StoreUnavailable as error:
                 if utc_now() >= self.opening.deadline + STORE_PATIENCE:
                     raise
@@ -291,6 +303,19 @@ class Collector:
                     continue
                 self.sites[site] = Watched(watched.attempt + 1, run)
                 self.log.info("%s: attempt %d sent", site, watched.attempt + 1)
+
+    def _ask_again(self) -> None:
+        """Where the plan says so: another update of each site whose update counts, while the round waits for others."""
+        for site, counted in self.found.accepted.items() if self.plan.again else ():
+            if site in self.again:
+                continue
+            try:
+                send(self.client, self.journal, self.plan, self.opening, site, 0, self.origin, after=counted.update)
+            except (StoreUnavailable, *OUTAGE):
+                continue
+            except SiteError as error:
+                self.log.warning("%s is not asked again: %s", site, error.reason)
+            self.again.add(site)
 
     def _may_close(self) -> str | None:
         gone = [s for s, w in self.sites.items() if w.gone is not None]

@@ -180,6 +180,7 @@ class Simulation:
         self._values = key_metrics(self.journal, self.recipe)
         self._clock = Clock.of(self.journal, self.recipe, head)
         self._lateness: tuple[Literal["drop", "carry"], int] = ("drop", 0)
+        self._asks_again = False
         self._regions: Mapping[str, Sequence[SiteId]] = {}
         self._broadcasts: dict[int, Phase] = {}  # of earlier rounds, from which sites are still at work
         needed = bool(algorithm.SiteState.__dataclass_fields__) and not algorithm.renewable
@@ -226,6 +227,7 @@ class Simulation:
             try:
                 wanted = self.recipe.schedule.plan(step.round, view, self.recipe.seed)
                 self._lateness, self._regions = lateness(self.recipe, wanted), wanted.regions
+                self._asks_again = wanted.again and self._lateness[0] == "carry" and self._lateness[1] > 0
                 return self._checked(step, wanted.tasks, wanted.quorum, absent)
             except QuorumLost:
                 if clock is None or not clock.wait([s for s in self._everyone if s not in self._absent], since):
@@ -282,7 +284,9 @@ class Simulation:
         works = {s: Work(self._steps(s, task), done.received, up, task.settings) for s, task in chosen.items()}
         away = self._clock.offline(s for s in self._everyone if s not in chosen and s not in self._absent)
         bases = range(phase.round - back, phase.round + 1)
-        held = self._clock.hold(done.step, works, away, quorum=quorum, bases=bases, carry=late == "carry")
+        held = self._clock.hold(
+            done.step, works, away, quorum=quorum, bases=bases, carry=late == "carry", again=self._asks_again
+        )
         done.opened, done.closed, done.excluded = held.opened, held.closed, dict(held.missing)
         done.flights = dict(self._clock.flights)
         return self._counted(held.answered, phase)

@@ -127,6 +127,7 @@ class Plan(_Record):
     absent:    site -> why it was not asked
     quorum:    updates that close the round, unless the recipe says otherwise at an opening
     accept_bases: rounds whose updates count
+    again:     whether a site whose update came is asked for another one, to count in a later round
     aggregators: sites at which it is aggregated, in the order in which the role passes on; none: at the coordinator
     regions:   regional aggregator -> sites whose updates it sums up
     """
@@ -144,6 +145,7 @@ class Plan(_Record):
     late: Literal["drop", "carry"]
     amendments: int
     num_sites: int
+    again: bool = False
     aggregators: list[SiteId] = []
     regions: dict[str, list[SiteId]] = {}
 
@@ -165,7 +167,10 @@ class Opening(_Record):
 
 
 class Attempt(_Record):
-    """`…/attempts/<opening>.<site>.<attempt>.json`: a dispatch, journalled before it happens. key: its idempotency key."""
+    """`…/attempts/<opening>.<site>.<attempt>.json`: a dispatch, journalled before it happens. key: its idempotency key.
+
+    attempt: 0 where the site is asked again, after an update that counts
+    """
 
     opening: int
     site: SiteId

@@ -34,7 +34,7 @@ RULES: Mapping[str, Mapping[str, Any]] = {
 }
 BUFFER = 5
 ASYNCHRONOUS: Mapping[str, Mapping[str, Any]] = {
-    "synchronous rounds": {"algorithm": {"kind": "fedavg", "weight_by": "uniform"}, "rounds": 25},
+    "synchronous rounds": {"algorithm": {"kind": "fedavg", "weight_by": "uniform"}, "rounds": 60},
     f"FedBuff, K = {BUFFER}": {
         "algorithm": "fedbuff",
         "schedule": {"kind": "buffered", "size": BUFFER, "max_staleness": 20},

@@ -86,7 +86,7 @@ class Checks:
         return found
 
     def judge(self, site: SiteId, key: str) -> Contribution | str | None:
-        """A contribution, or the reason why not; None for an update that counted in an earlier round."""
+        """A contribution, or the reason why not; None for an update that counted in an earlier round, or may in a later one."""
         found = self._judged(site, key)
         return _told(found) if isinstance(found, str) else found
 
@@ -94,6 +94,8 @@ class Checks:
         try:
             update = UpdateManifest.from_bytes(self.journal.store.get(key, at_most=MOST_MANIFEST))
             if update.update_digest() in {self.plan.tasks[site].state_base, *self._counted.get(site, ())}:
+                return None
+            if self.plan.again and self._is_for_later(site, update):
                 return None
             self._check_header(site, key, update)
             _check_weight(self.recipe.computation, as_update(update, {}, self.plan.round))
@@ -105,6 +107,14 @@ class Checks:
         except (UpdateInvalid, StoreError) as error:
             return str(error)
         return Contribution(key=key, update=update.update_digest(), base_round=update.round)
+
+    def _is_for_later(self, site: SiteId, update: UpdateManifest) -> bool:
+        """Whether it goes on from another update that is there, and is not the one that the plan's task goes on from: once that one counts,
+        this one can."""
+        before = update.state_base
+        if before is None or before == self.plan.tasks[site].state_base:
+            return False
+        return any(before.partition(":")[2] in key for key in self.keys(site))
 
     def _check_header(self, site: SiteId, key: str, update: UpdateManifest) -> None:
         plan = self.plan

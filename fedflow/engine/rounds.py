@@ -19,7 +19,7 @@ from fedflow.engine.aggregation import aggregate_round, commit_initial
 from fedflow.engine.best import key_metrics, stops_early
 from fedflow.engine.checkpoints import initial_models
 from fedflow.engine.shares import Share, reduced_of, shares
-from fedflow.engine.updates import Checks
+from fedflow.engine.updates import Checks, told
 from fedflow.errors import (
     FedflowError,
     QuorumLost,
@@ -564,7 +564,7 @@ def delegate(
         reasons: dict[SiteId, str] = {}
         for share, reduced in found.items():
             if reduced is not None:
-                reasons |= reduced.invalid
+                reasons |= {site: told(why) for site, why in reduced.invalid.items()}
             elif share in undone and share.region is None:
                 raise RoundError(f"nobody aggregated: {undone[share]}; resume the run", run=plan.run, round=plan.round)
             elif share in undone:

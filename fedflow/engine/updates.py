@@ -21,7 +21,7 @@ from fedflow.store.tensors import Part, TensorReader, file_order, read_spec
 from fedflow.tensors import cast, non_finite
 from fedflow.types import MODEL_GROUPS, Groups, SiteId, Spec, Tensors, TensorSpec, Update, spec_of
 
-__all__ = ["Checks", "Contributor", "as_update", "problem_of", "rebased"]
+__all__ = ["Checks", "Contributor", "as_update", "problem_of", "rebased", "told"]
 
 MOST_MANIFEST = 16 << 20  # bytes; the digests of an object of 1 TiB take 5 MiB
 MOST_METRICS = 1000
@@ -88,7 +88,7 @@ class Checks:
     def judge(self, site: SiteId, key: str) -> Contribution | str | None:
         """A contribution, or the reason why not; None for an update that counted in an earlier round, or may in a later one."""
         found = self._judged(site, key)
-        return _told(found) if isinstance(found, str) else found
+        return told(found) if isinstance(found, str) else found
 
     def _judged(self, site: SiteId, key: str) -> Contribution | str | None:
         try:
@@ -226,7 +226,7 @@ def _largest_header(expected: Mapping[str, TensorSpec]) -> int:
     return sum(6 * len(name.encode()) + 24 * len(spec.shape) + 128 for name, spec in expected.items()) + 1024
 
 
-def _told(reason: str) -> str:
+def told(reason: str) -> str:
     """A reason that may quote a site, fit for a record that everybody reads."""
     return reason.encode("utf-8", "backslashreplace").decode()[:LONGEST_REASON]
 
@@ -320,7 +320,7 @@ class Contributor:
 
     def _invalid(self, reason: str) -> UpdateInvalid:
         site = self.contribution.key.split("/")[1]
-        return UpdateInvalid(_told(reason), run=self.plan.run, round=self.plan.round, site=site)
+        return UpdateInvalid(told(reason), run=self.plan.run, round=self.plan.round, site=site)
 
     def summary(self, weight: float) -> ContributorSummary:
         m = self.manifest

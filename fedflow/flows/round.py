@@ -254,4 +254,5 @@ def publish(journal: Journal, federation: Federation, manifest: Manifest) -> Non
             publish_result(journal.run, manifest.round, page, outlined(found))
     with shown_if_possible(), connected() as client:
         publish_sites(client, federation)
-    get_run_logger().info("committed %s: %s", manifest.model_digest, flat(summary.shown))
+    where = f", aggregated at {manifest.aggregator}" if manifest.aggregator else ""
+    get_run_logger().info("committed %s%s: %s", manifest.model_digest, where, flat(summary.shown))

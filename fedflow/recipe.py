@@ -617,7 +617,7 @@ class Federation(Described):
     def _distinct(self) -> Self:
         names = [site.name for site in self.workplaces]
         if twice := sorted({n for n in names if names.count(n) > 1}):
-            raise ValueError(f"sites named twice: {twice}; give each site and region a name of its own")
+            raise ValueError(f"sites named twice: {twice}; give each site a name of its own")
         pools = [self.coordinator_pool, *(site.work_pool for site in self.workplaces)]
         if twice := sorted({p for p in pools if pools.count(p) > 1}):
             raise ValueError(f"work pools used twice: {twice}; give each site and the coordinator a pool of its own")

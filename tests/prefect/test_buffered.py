@@ -50,7 +50,7 @@ def fields(seconds: Sequence[float]) -> dict[str, Any]:
         "schedule": {"kind": "buffered", "size": 2},
         "workload": {"path": "tests.prefect.test_buffered:Paced", "args": {"seconds": list(seconds)}},
         "rounds": ROUNDS,
-        "timeouts": {"round_deadline": 120, "quorum_grace": 0},
+        "timeouts": {"round_deadline": 3600, "quorum_grace": 0},
     }
 
 

@@ -1,7 +1,8 @@
 """What a quorum saves where speeds are heavy-tailed: accuracy over simulated time. Digits, 100 sites.
 
-`python -m benchmarks.simulated_time` writes docs/tables/simulated-time.md and .svg. With `--week` it measures instead how
-long a week of a thousand sites takes to simulate.
+`python -m benchmarks.simulated_time` writes docs/tables/simulated-time.md and .svg. With `--asynchronous` it compares FedBuff with
+synchronous rounds where one of ten sites is 8 times slower (asynchronous.md and .svg), with `--week` it measures how long a week of a
+thousand sites takes to simulate.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from fedflow.errors import RoundError
 from fedflow.recipe import Recipe
 from fedflow.simulation.clock import EPOCH
 from fedflow.simulation.engine import simulate
+from fedflow.simulation.tables import Row, Table
 from fedflow.simulation.traces import Diurnal, Generated, LogNormal, Pareto
 from fedflow.store.journal import Journal
 from fedflow.store.records import Manifest
@@ -29,6 +31,15 @@ RULES: Mapping[str, Mapping[str, Any]] = {
     "wait for all": {},
     "quorum 80 %": {"quorum": 80},
     "quorum 80 %, late updates carried": {"quorum": 80, "late": "carry"},
+}
+BUFFER = 5
+ASYNCHRONOUS: Mapping[str, Mapping[str, Any]] = {
+    "synchronous rounds": {"algorithm": {"kind": "fedavg", "weight_by": "uniform"}, "rounds": 60},
+    f"FedBuff, K = {BUFFER}": {
+        "algorithm": "fedbuff",
+        "schedule": {"kind": "buffered", "size": BUFFER, "max_staleness": 20},
+        "rounds": 100,
+    },
 }
 Course = Sequence[tuple[float, float]]
 """(simulated seconds, accuracy) after every round."""
@@ -64,6 +75,29 @@ def courses(args: argparse.Namespace) -> dict[str, list[Course]]:
     return found
 
 
+def asynchronous(args: argparse.Namespace) -> dict[str, list[Course]]:
+    """The same of synchronous rounds and of FedBuff: ten sites at 1 s a step, but the first at 8 s."""
+    sites = [f"site-{i:02}" for i in range(1, 11)]
+    trace = Table(rows=tuple(Row(site=s, seconds_per_step=8 if s == sites[0] else 1) for s in sites))
+    found: dict[str, list[Course]] = {}
+    for rule, terms in ASYNCHRONOUS.items():
+        for seed in args.seeds:
+            wanted = recipe("digits", seed, **terms)
+            journal = simulate(wanted, sites, trace=trace, workers=args.workers)
+            found.setdefault(rule, []).append(course(journal, wanted.rounds))
+            tell(f"{rule}, seed {seed}")
+    return found
+
+
+def asynchronous_table(found: Mapping[str, Sequence[Course]], args: argparse.Namespace) -> str:
+    about = (
+        f"# FedBuff and synchronous rounds\n\nSimulated minutes to {args.target:.0%} accuracy on held-out digits: median (least … most) over "
+        f"seeds {', '.join(map(str, args.seeds))}. Ten sites, similarity 10 %, logistic regression, 10 steps a time; a step takes 1 s, at "
+        "one site 8 s. Updates weigh the same, and FedBuff's by their age.\n\n"
+    )
+    return about + markdown(["", *head(args.target)], rows(found, args.target))
+
+
 def course(journal: Journal, rounds: int) -> Course:
     points = []
     for round in range(rounds):
@@ -79,20 +113,27 @@ def reached(course: Course, target: float) -> tuple[int, float] | None:
 
 
 def table(found: Mapping[str, Sequence[Course]], args: argparse.Namespace) -> str:
-    rows = []
-    for rule, all_courses in found.items():
-        there = [r for c in all_courses if (r := reached(c, args.target))]
-        minutes, rounds = [m for _, m in there], [float(n) for n, _ in there]
-        finals = [100 * c[-1][1] for c in all_courses]
-        cells = (spread(minutes), spread(rounds, 0)) if len(there) == len(all_courses) else ("not reached", "–")
-        rows.append([rule, *cells, spread(finals)])
-    head = ["a round closes", f"minutes to {args.target:.0%}", "rounds", f"accuracy after {args.rounds} rounds, %"]
     about = (
         f"# Simulated time\n\nSimulated minutes to {args.target:.0%} accuracy on held-out digits: median (least … most) over seeds "
         f"{', '.join(map(str, args.seeds))}. 100 sites, similarity 10 %, logistic regression, 10 steps a round; a site's seconds "
         f"per step are Pareto (least 1 s, alpha {args.alpha:g}), drawn once a site. No grace after the quorum.\n\n"
     )
-    return about + markdown(head, rows)
+    return about + markdown(["a round closes", *head(args.target)], rows(found, args.target))
+
+
+def head(target: float) -> list[str]:
+    return [f"minutes to {target:.0%}", "rounds", "accuracy at the end, %"]
+
+
+def rows(found: Mapping[str, Sequence[Course]], target: float) -> list[list[str]]:
+    made = []
+    for rule, all_courses in found.items():
+        there = [r for c in all_courses if (r := reached(c, target))]
+        minutes, rounds = [m for _, m in there], [float(n) for n, _ in there]
+        finals = [100 * c[-1][1] for c in all_courses]
+        cells = (spread(minutes), spread(rounds, 0)) if len(there) == len(all_courses) else ("not reached", "–")
+        made.append([rule, *cells, spread(finals)])
+    return made
 
 
 def draw(axes: Any, found: Mapping[str, Sequence[Course]], args: argparse.Namespace) -> None:
@@ -141,17 +182,23 @@ def week(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.simulated_time", description=__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: 0 1 2")
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--target", type=float, default=0.88, help="accuracy to reach")
     parser.add_argument("--alpha", type=float, default=1.2, help="of the Pareto distribution of seconds per step")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--out", type=Path, default=ROOT / "docs/tables", help="folder of the table and its plot")
+    parser.add_argument("--asynchronous", action="store_true", help="FedBuff beside synchronous rounds; seeds 0 to 4")
     parser.add_argument("--week", action="store_true", help="how long a week of a thousand sites takes to simulate")
     parser.add_argument("--days", type=float, default=7.0)
     args = parser.parse_args()
     if args.week:
         week(args)
+        return
+    args.seeds = args.seeds or list(range(5 if args.asynchronous else 3))
+    if args.asynchronous:
+        found = asynchronous(args)
+        write(args.out, "asynchronous", asynchronous_table(found, args), lambda axes: draw(axes, found, args))
         return
     found = courses(args)
     write(args.out, "simulated-time", table(found, args), lambda axes: draw(axes, found, args))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -42,6 +42,7 @@ __all__ = [
     "Merge",
     "NoState",
     "Own",
+    "Partial",
     "Schedule",
     "Training",
     "Transform",
@@ -479,9 +480,38 @@ class Schedule(Described):
         """Sites that it names: each must be one of the federation."""
         return ()
 
+    @property
+    def regional(self) -> Collection[str]:
+        """Regional aggregators that it names: each has a work pool, and none is a site."""
+        return ()
+
+    def objections(self, recipe: Any) -> list[str]:
+        """What speaks against this schedule in `recipe`: each names the field and the fix."""
+        return []
+
+    def absences(self, absent: Mapping[str, str]) -> Mapping[SiteId, str]:
+        """Site -> why it is not asked. absent: site or regional aggregator -> why it is not there"""
+        return absent
+
     def plan(self, round: int, view: FederationView, seed: int) -> RoundPlan:
-        """The cohort of `round` among the sites that `view` shows online, and how many updates close it."""
+        """The cohort of `round` among the sites that `view` shows online, how many updates close it, and where it is aggregated.
+
+        Raises QuorumLost where nobody is there to aggregate it.
+        """
         raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Partial:
+    """Updates of which only sums are left.
+
+    sums:    group -> name -> Σ wᵢ·tᵢ in float64; weights: the same for Σ wᵢ
+    updates: each without tensors, and its weight, in the order in which they were added
+    """
+
+    sums: Groups
+    weights: Mapping[str, Mapping[str, float]]
+    updates: Sequence[tuple[Update, float]]
 
 
 class Averager:
@@ -492,6 +522,7 @@ class Averager:
         self._scalars: dict[str, float] = {}
         self._metrics: dict[SiteId, dict[str, float]] = {}
         self._weight = 0.0
+        self._updates: list[tuple[Update, float]] = []
 
     @property
     def count(self) -> int:
@@ -511,7 +542,21 @@ class Averager:
         for update, weight in updates:
             self._note(update, weight)
 
+    def partial(self) -> Partial:
+        """What was added, for `add_partial` of another averager. To be asked once."""
+        found = {group: mean.partial() for group, mean in self.means.items()}
+        sums, weights = ({group: pair[i] for group, pair in found.items()} for i in (0, 1))
+        return Partial(sums, weights, self._updates)  # type: ignore[arg-type]
+
+    def add_partial(self, partial: Partial) -> None:
+        """Add what another averager summed, behind everything that was added one by one."""
+        for group, sums in partial.sums.items():
+            self.means.setdefault(group, WeightedMean()).add_partial(sums, partial.weights[group])
+        for update, weight in partial.updates:
+            self._note(update, weight)
+
     def _note(self, update: Update, weight: float) -> None:
+        self._updates.append((replace(update, tensors={}), weight))
         for name, value in update.scalars.items():
             self._scalars[name] = self._scalars.get(name, 0.0) + weight * value
         self._weight += weight

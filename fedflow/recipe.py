@@ -508,7 +508,7 @@ class Recipe(Described):
         if self.algorithm.needs_all and self.quorum is not None:
             needs = f"none with algorithm {self.algorithm.kind}, which needs everyone who is asked"
             problems.append(field_error("quorum", self.quorum, needs, "leave it out; name the sites in schedule.sites"))
-        problems += self.algorithm.objections(self.training)
+        problems += self.schedule.objections(self) + self.algorithm.objections(self.training)
         for site in self.overrides:
             try:
                 objections = self.algorithm.objections(self.training_at(site))
@@ -623,13 +623,15 @@ class Federation(Described):
     store_options: dict[str, JsonValue] = {}
     """Endpoint and the like; credentials belong into the environment."""
     coordinator_pool: Name = "coordinator"
+    regions: list[FederationSite] = []
+    """Regional aggregators, for `schedule: tree`: each has a work pool and a worker of its own."""
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:
-        names = [site.name for site in self.sites]
+        names = [site.name for site in self.workplaces]
         if twice := sorted({n for n in names if names.count(n) > 1}):
             raise ValueError(f"sites named twice: {twice}; give each site a name of its own")
-        pools = [self.coordinator_pool, *(site.work_pool for site in self.sites)]
+        pools = [self.coordinator_pool, *(site.work_pool for site in self.workplaces)]
         if twice := sorted({p for p in pools if pools.count(p) > 1}):
             raise ValueError(f"work pools used twice: {twice}; give each site and the coordinator a pool of its own")
         return self
@@ -648,6 +650,17 @@ class Federation(Described):
         """This federation with sites of these names too."""
         new = [FederationSite(name=name) for name in names if name not in self.names]
         return self.model_validate({**self.model_dump(), "sites": [*self.sites, *new]})
+
+    def with_regions(self, names: Iterable[str]) -> Federation:
+        """This federation with regional aggregators of these names too."""
+        known = {workplace.name for workplace in self.workplaces}
+        new = [FederationSite(name=name) for name in names if name not in known]
+        return self.model_validate({**self.model_dump(), "regions": [*self.regions, *new]})
+
+    @property
+    def workplaces(self) -> list[FederationSite]:
+        """Sites and regional aggregators: whoever has a work pool and a worker."""
+        return [*self.sites, *self.regions]
 
     @property
     def names(self) -> list[SiteId]:

@@ -1,18 +1,20 @@
-"""Schedules: who takes part in a round."""
+"""Schedules: who takes part in a round, and where it is aggregated."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Iterator, Sequence
-from typing import Annotated, Literal
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from fedflow.algorithm import Schedule
+from fedflow.errors import QuorumLost
 from fedflow.types import FederationView, RoundPlan, SiteId, SiteTask, derive_seed
 
-__all__ = ["Buffered", "Cyclic", "Everyone", "Sampled"]
+__all__ = ["Buffered", "Cyclic", "Everyone", "Sampled", "Swarm", "Tree"]
 
 
 class Everyone(Schedule):
@@ -125,7 +127,7 @@ class Buffered(Schedule):
     al., arXiv:2106.06639).
 
     A site that is at work when a round closes goes on, until its own round's deadline, and its update counts in a later one; one that has
-    finished is asked again with the next round. Set `timeouts.quorum_grace: 0s`: a round is not to wait for more.
+    finished before is asked again at once, for an update that counts in the next round. Set `timeouts.quorum_grace: 0s`: a round is not to wait for more.
     """
 
     kind: Literal["buffered"] = "buffered"
@@ -136,6 +138,12 @@ class Buffered(Schedule):
     """τ of the oldest update that counts, in rounds; a site that is at work for longer is stopped, and asked anew. Ours."""
     concurrency: Annotated[int, Field(ge=1, strict=True)] | None = None
     """Sites at work at a time, drawn anew among those that are idle; the paper's M_c. Default: all that are online."""
+    ask_again: bool = True
+    """Whether a site that finished before its round closed is asked for another update from the same model, so that it is never idle; once a
+    round. As in the paper, where whoever finishes is replaced at once."""
+    dynamic_steps: Annotated[int, Field(ge=1, strict=True)] | None = None
+    """H, dynamic local updates (arXiv:2401.09135): the fastest site takes so many steps, each other one as many of them as its speed in its
+    last contribution says, so that all take about as long. Default: as `training` says."""
 
     @model_validator(mode="after")
     def _enough(self) -> Buffered:
@@ -157,11 +165,129 @@ class Buffered(Schedule):
         free = len(idle) if self.concurrency is None else max(self.concurrency - len(at_work), 0)
         cohort = sorted([*at_work, *idle[:free]])
         return RoundPlan(
-            {site: SiteTask() for site in cohort},
+            {site: SiteTask(self._steps(site, view)) for site in cohort},
             quorum=min(self.size, len(cohort)),
             accept_bases=self.max_staleness,
             late="carry",
+            again=self.ask_again,
         )
+
+    def _steps(self, site: SiteId, view: FederationView) -> int | None:
+        """⌊H vᵢ / max v⌋, at least 1, v being steps per second; H for a site that has not contributed."""
+        H = self.dynamic_steps
+        speeds = {s: seen.steps / seen.seconds for s, seen in view.items() if seen.steps and seen.seconds}
+        return H if H is None or site not in speeds else max(1, math.floor(H * speeds[site] / max(speeds.values())))
+
+
+# -- where a round is aggregated -----------------------------------------------------------------------------------------
+def _named(value: Any) -> Any:
+    """A bare name stands for its defaults."""
+    return {"kind": value} if isinstance(value, str) else value
+
+
+Cohort = Annotated[Everyone | Sampled | Cyclic | Buffered, Field(discriminator="kind"), BeforeValidator(_named)]
+
+
+class _Aggregated(Schedule):
+    """A schedule that leaves it to another who takes part."""
+
+    cohort: Cohort = Everyone()
+    """Who takes part: another schedule, with its settings."""
+
+    @property
+    def names(self) -> Collection[SiteId]:
+        return self.cohort.names
+
+    @property
+    def sites_per_round(self) -> int | None:
+        return getattr(self.cohort, "sites_per_round", None)
+
+
+class Swarm(_Aggregated):
+    """Aggregation at the sites, each in its turn: swarm learning (Warnat-Herresthal et al., Nature 594, 2021,
+    doi:10.1038/s41586-021-03583-3).
+
+    A round is aggregated by the site whose turn it is, at its own worker; if that dies, the role passes on to the next, within the
+    round. The coordinator reads and writes records only, no model. Who aggregates decides no bit of the result.
+    """
+
+    kind: Literal["swarm"] = "swarm"
+
+    aggregators: Annotated[list[SiteId], Field(min_length=1)] | None = None
+    """Sites that may aggregate: they can read all updates. Default: every site."""
+
+    @property
+    def names(self) -> Collection[SiteId]:
+        return {*super().names, *(self.aggregators or ())}
+
+    def objections(self, recipe: Any) -> list[str]:
+        if recipe.evaluation is None:
+            return []
+        return [
+            f"evaluation: found {recipe.evaluation.path}, expected none with schedule swarm, whose coordinator holds no model; "
+            "remove it, and set federated_evaluation: true to have the sites evaluate"
+        ]
+
+    def plan(self, round: int, view: FederationView, seed: int) -> RoundPlan:
+        turn = sorted(set(self.aggregators or view))
+        first = round % len(turn)
+        order = [site for site in (*turn[first:], *turn[:first]) if view[site].online]
+        if not order:
+            raise QuorumLost(
+                f"found none of {turn}, expected one to aggregate; start their workers and resume", round=round
+            )
+        return replace(self.cohort.plan(round, view, seed), aggregators=order)
+
+
+class Tree(_Aggregated):
+    """Aggregation in two steps: the updates of a region's sites are summed up by the region's own aggregator, at its work pool, and the
+    sums at the coordinator.
+
+    The sums are float64, one a region: the result differs from that of all updates at once by its last bits only. A region whose
+    worker is absent takes its sites with it. Sites of no region go to the coordinator directly.
+    """
+
+    kind: Literal["tree"] = "tree"
+
+    regions: Annotated[dict[str, Annotated[list[SiteId], Field(min_length=1)]], Field(min_length=1)]
+    """Regional aggregator -> its sites."""
+
+    @model_validator(mode="after")
+    def _once(self) -> Tree:
+        sites = [site for members in self.regions.values() for site in members]
+        if twice := sorted({site for site in sites if sites.count(site) > 1}):
+            raise ValueError(f"regions: found {twice} twice, expected each site in one region; leave out the others")
+        if both := sorted(self.regions.keys() & set(sites)):
+            raise ValueError(f"regions: found {both} as region and as site, expected two names; rename the region")
+        return self
+
+    @property
+    def names(self) -> Collection[SiteId]:
+        return {*super().names, *(site for members in self.regions.values() for site in members)}
+
+    @property
+    def regional(self) -> Collection[str]:
+        return sorted(self.regions)
+
+    def objections(self, recipe: Any) -> list[str]:
+        if recipe.algorithm.averages and not recipe.algorithm.measures:
+            return []
+        return [
+            f"schedule: found tree with algorithm {recipe.algorithm.kind} and its reduction, expected one that takes a weighted mean, "
+            "which alone can be made of sums; choose another, or leave out the tree"
+        ]
+
+    def absences(self, absent: Mapping[str, str]) -> Mapping[SiteId, str]:
+        gone = {region: why for region, why in absent.items() if region in self.regions}
+        cut_off = {site: f"region {region}: {why}" for region, why in gone.items() for site in self.regions[region]}
+        return cut_off | {site: why for site, why in absent.items() if site not in gone}
+
+    def plan(self, round: int, view: FederationView, seed: int) -> RoundPlan:
+        plan = self.cohort.plan(round, view, seed)
+        asked = {
+            region: [site for site in sorted(self.regions[region]) if site in plan.tasks] for region in self.regional
+        }
+        return replace(plan, regions={region: sites for region, sites in asked.items() if sites})
 
 
 def _shuffled(sites: Sequence[SiteId], seed: int, round: int) -> Iterator[SiteId]:

@@ -151,6 +151,23 @@ class WeightedMean:
             self._single[name] = None
         self._added += len(weights)
 
+    def partial(self) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Σ wᵢ·tᵢ in float64 and Σ wᵢ of every name, for `add_partial` of another mean. To be asked once."""
+        self._close_block()
+        if self._places is not None:
+            self._unpack(self._places)
+        return self._total, self._weight
+
+    def add_partial(self, sums: Tensors, weights: Mapping[str, float]) -> None:
+        """Add what `partial` of another mean gave, as a block of its own behind those that were added. No update comes after it."""
+        self._close_block()
+        if self._places is not None:
+            self._unpack(self._places)
+        for name, tensor in sums.items():
+            self._total[name] = self._total[name].add_(tensor) if name in self._total else tensor.clone()
+            self._weight[name] = self._weight.get(name, 0.0) + weights[name]
+            self._single[name] = None
+
     def _unpack(self, places: Mapping[str, Place]) -> None:
         """From now on by name."""
 

@@ -146,7 +146,7 @@ class SiteView:
     online:    a worker of the site was seen within the grace period
     in_flight: base round of an update that is still being made, None if there is none
     last_round: the last round it contributed to, None if none
-    seconds:   duration of its last contribution, None if none
+    seconds:   duration of its last contribution, None if none; steps: optimizer steps in it
     failures:  exclusions in a row
     """
 
@@ -155,6 +155,7 @@ class SiteView:
     last_round: int | None = None
     seconds: float | None = None
     failures: int = 0
+    steps: int | None = None
 
 
 FederationView = Mapping[SiteId, SiteView]
@@ -183,7 +184,9 @@ class RoundPlan:
     timeout:      from the opening to its deadline; None = the recipe's round_deadline
     accept_bases: how many rounds back an update may have started; 0 = this round's updates only
     late:         what becomes of an update that arrives after the closing; None = as the recipe says
-    aggregators:  who aggregates, in fail-over order; empty = the coordinator
+    again:        whether a site whose update came is asked for another one while the round is open, to count in a later one
+    aggregators:  sites at which the round is aggregated, in the order in which the role passes on; empty = the coordinator
+    regions:      regional aggregator -> sites whose updates it sums up; those of other sites go to the aggregation itself
     """
 
     tasks: Mapping[SiteId, SiteTask]
@@ -191,7 +194,9 @@ class RoundPlan:
     timeout: timedelta | None = None
     accept_bases: int | None = None
     late: Literal["drop", "carry"] | None = None
+    again: bool = False
     aggregators: Sequence[SiteId] = ()
+    regions: Mapping[str, Sequence[SiteId]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -223,9 +228,11 @@ class RoundContext:
         num_sites: int,
         overrides: Mapping[str, Any] | None = None,
     ) -> RoundContext:
-        """The context of that place in a run, its seed drawn from the run's."""
-        seed = derive_seed(run_seed, round, phase, site)
-        return cls(run, round, phase, site, num_sites, seed, overrides if overrides is not None else {})
+        """The context of that place in a run, its seed drawn from the run's: another one where the site is asked "again"."""
+        settings = overrides if overrides is not None else {}
+        again = [settings["again"]] if "again" in settings else []
+        seed = derive_seed(run_seed, round, phase, site, *again)
+        return cls(run, round, phase, site, num_sites, seed, settings)
 
     @property
     def place(self) -> dict[str, Any]:

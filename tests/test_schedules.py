@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from fedflow.schedules import Buffered, Cyclic, Everyone, Sampled
+from fedflow.errors import QuorumLost
+from fedflow.schedules import Buffered, Cyclic, Everyone, Sampled, Swarm, Tree
 from fedflow.types import SiteView, derive_seed
 
 NAMES = [f"site-{i}" for i in range(20)]
@@ -194,3 +195,36 @@ def test_pythons_hash_seed_changes_no_cohort_and_no_seed() -> None:
     answers = [child.communicate()[0] for child in children]
     here = [sorted(Sampled(fraction=0.3).plan(r, view(NAMES), 5).tasks) for r in range(9)]
     assert answers == [f"{derive_seed(1, 'a', None)} {here}\n"] * 2
+
+
+# -- where it is aggregated --------------------------------------------------------------------------------------------
+def test_the_aggregating_role_goes_round_and_passes_over_who_is_offline() -> None:
+    swarm = Swarm(cohort={"kind": "sampled", "sites_per_round": 1})
+    orders = [list(swarm.plan(round, view(["a", "b", "c"], offline={"b"}), seed=1).aggregators) for round in range(4)]
+    assert orders == [["a", "c"], ["c", "a"], ["c", "a"], ["a", "c"]]
+    assert len(swarm.plan(0, view(NAMES), seed=1).tasks) == 1 == swarm.sites_per_round
+    assert list(Swarm(aggregators=["b", "a"]).plan(1, view(["a", "b", "c"]), seed=1).aggregators) == ["b", "a"]
+    with pytest.raises(QuorumLost, match=r"found none of \['b'\]"):
+        Swarm(aggregators=["b"]).plan(0, view(["a", "b"], offline={"b"}), seed=1)
+
+
+def test_a_tree_has_the_cohort_of_its_schedule_by_region() -> None:
+    tree = Tree(regions={"south": ["c"], "north": ["b", "a"]}, cohort={"kind": "everyone", "sites": ["a", "b", "d"]})
+    plan = tree.plan(0, view(["a", "b", "c", "d"]), seed=1)
+    assert list(plan.tasks) == ["a", "b", "d"] and plan.regions == {"north": ["a", "b"]}
+    assert tree.absences({"north": "gone", "d": "ill"}) == {
+        "b": "region north: gone",
+        "a": "region north: gone",
+        "d": "ill",
+    }
+
+
+def test_dynamic_steps_follow_the_speed_of_the_last_contribution() -> None:
+    """2, 1 and 1/8 steps a second, H = 10: 10, 5 and, of 0.625, the least: 1; who has not contributed is asked for H."""
+    seen = {
+        "a": SiteView(steps=20, seconds=10.0),
+        "b": SiteView(steps=5, seconds=5.0),
+        "c": SiteView(steps=1, seconds=8.0),
+    }
+    plan = Buffered(size=1, dynamic_steps=10).plan(3, seen | {"d": SiteView()}, seed=1)
+    assert {site: task.steps for site, task in plan.tasks.items()} == {"a": 10, "b": 5, "c": 1, "d": 10}

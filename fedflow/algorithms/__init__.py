@@ -1,5 +1,6 @@
 """One algorithm, one file, read top to bottom as the paper's pseudocode."""
 
+from fedflow.algorithms.async_diloco import AsyncDiLoCo
 from fedflow.algorithms.diloco import DiLoCo
 from fedflow.algorithms.evaluation import Evaluation
 from fedflow.algorithms.fedavg import FedAvg
@@ -18,6 +19,7 @@ from fedflow.algorithms.xgboost import XGBoost
 
 __all__ = [
     "PSI",
+    "AsyncDiLoCo",
     "DiLoCo",
     "Evaluation",
     "FedAvg",

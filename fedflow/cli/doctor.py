@@ -239,14 +239,14 @@ def _workers(client: Any, federation: Federation | None) -> Iterator[Line]:
             yield Line("warn", "work pools", "none", "deploy the flows with a federation, or name it with --federation")
             return
         federation = Federation(sites=[FederationSite(name=pool) for pool in pools])
-    absent = absent_sites(client, federation)
-    for site in federation.sites:
+    absent = absent_sites(client, federation, regional=[region.name for region in federation.regions])
+    for site in federation.workplaces:
         if site.name in absent:
             fix = f"at the site: fedflow site start --config <its configuration with pool {site.work_pool}>"
             yield Line("warn", f"worker of {site.name}", absent[site.name], fix)
         else:
             yield Line("ok", f"worker of {site.name}", f"online on work pool {site.work_pool}")
-    yield _requests(len(federation.sites))
+    yield _requests(len(federation.workplaces))
 
 
 def _requests(sites: int) -> Line:

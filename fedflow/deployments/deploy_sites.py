@@ -35,7 +35,9 @@ def main(args: Sequence[str] | None = None) -> int:
         recipe = Recipe.load(given.recipe) if given.recipe else None
         with connect() as client:
             deployments = deploy_federation(client, federation, recipe=recipe, site_type=given.site_type)
-            for name in dict.fromkeys([federation.coordinator_pool, *(site.work_pool for site in federation.sites)]):
+            for name in dict.fromkeys(
+                [federation.coordinator_pool, *(site.work_pool for site in federation.workplaces)]
+            ):
                 print(f"work pool   {name}  ({client.read_work_pool(name).type})")
     except FedflowError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -5,16 +5,20 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedflow.algorithm import Algorithm, weighted_metrics
-from fedflow.engine.reduction import Reduction
+from fedflow.engine.outputs import Written
+from fedflow.engine.reduction import PartialReduction, Reduction, RegionalSum
+from fedflow.engine.shares import Share, reduced_of, shares
 from fedflow.engine.updates import Contributor
-from fedflow.errors import FedflowError
+from fedflow.errors import FedflowError, RoundError, UpdateInvalid
 from fedflow.local.model import build_model, load_groups
 from fedflow.local.numerics import applied
 from fedflow.local.workload import check_evaluator
@@ -28,6 +32,7 @@ from fedflow.store.records import (
     Evaluation,
     Manifest,
     Plan,
+    Reduced,
     SiteRecord,
     StateRecord,
     finite,
@@ -40,7 +45,15 @@ from fedflow.types import Groups, RoundContext, SiteId, derive_seed
 
 _log = logging.getLogger(__name__)
 
-__all__ = ["Evaluator", "aggregate_round", "commit_initial", "evaluate_model", "evaluate_round", "read_model"]
+__all__ = [
+    "Evaluator",
+    "aggregate_round",
+    "commit_initial",
+    "evaluate_model",
+    "evaluate_round",
+    "read_model",
+    "reduce_elsewhere",
+]
 
 
 def commit_initial(
@@ -98,60 +111,185 @@ def aggregate_round(
     memory_budget: bytes that the tensors in memory take at most; default: the recipe's. Neither updates nor state are ever
                    in memory as a whole, unless they fit into it.
     threads:       parts in work at once; default: one a processor, and more where the store is far away
-    No bit depends on either. Raises UpdateInvalid (with the site) where an update fails its digest or is not finite: then
-    `exclude` it and call again with the new closing. Until the manifest is written nothing has happened.
+    No bit depends on either. What the plan has aggregated elsewhere must be there. Raises UpdateInvalid (with the site) where an update
+    fails its digest or is not finite: then `exclude` it and call again with the new closing. Until the manifest is written nothing has
+    happened.
     """
     recipe = journal.recipe()
-    algorithm = recipe.computation
-    head = journal.head(algorithm.phases)
+    head = journal.head(recipe.phases)
     assert head is not None
     done = journal.manifest(
         plan.round, plan.phase
     )  # looked up after the head, else a commit in between passed for a foreign one
     if done is not None:
         return done
-    started = time.monotonic()
-    if head.digest() != plan.parent:
-        raise FedflowError(
-            f"the plan continues {plan.parent}, but the newest commit is {head.digest()}; resume the run",
-            run=plan.run,
-            round=plan.round,
-        )
-    updates = [Contributor(journal, plan, contribution) for _, contribution in sorted(closing.contributors.items())]
-    context = RoundContext.at(recipe.seed, plan.run, plan.round, plan.phase, None, plan.num_sites)
-    budget = recipe.memory_budget if memory_budget is None else memory_budget
-    reduction = Reduction(journal, algorithm, head, updates, context, budget, threads or _threads(journal.store))
-    written = reduction.write(f"{journal.public}/objects", f"{journal.server}/objects", closing.digest())
-    record = StateRecord(tensors=written.of("state"), scalars=reduction.scalars(written))
-    outline = read_outline(journal.store, algorithm.State, record, written.spec("state"))
-    if record != head.state and (line := algorithm.report(outline, len(updates))):
-        _log.info("run %s, round %d: %s", plan.run, plan.round, line)
-    weights = {u.manifest.site: algorithm.weight(u.bare) for u in updates}
-    contributors = {u.manifest.site: u.summary(weights[u.manifest.site]) for u in updates}
-    return journal.put_manifest(
-        Manifest(
-            run=journal.run,
-            nonce=journal.record().nonce,
-            round=plan.round,
-            phase=plan.phase,
-            parent=head.digest(),
-            closing=journal.closing_key(plan, closing),
-            closing_digest=closing.digest(),
-            contributors=contributors,
-            excluded=closing.excluded,
-            partial=_partial(updates),
-            numerics_differ=_numerics_differ(contributors),
-            state=record,
+    return _Phase(journal, plan, closing, recipe, head).commit(memory_budget, threads)
+
+
+@dataclass(frozen=True)
+class _Phase:
+    """A closed phase, and the commit that it continues."""
+
+    journal: Journal
+    plan: Plan
+    closing: Closing
+    recipe: Recipe
+    head: Manifest
+
+    def __post_init__(self) -> None:
+        if self.head.digest() != self.plan.parent:
+            raise FedflowError(
+                f"the plan continues {self.plan.parent}, but the newest commit is {self.head.digest()}; resume the run",
+                run=self.plan.run,
+                round=self.plan.round,
+            )
+
+    @cached_property
+    def algorithm(self) -> Algorithm:
+        return self.recipe.computation
+
+    @cached_property
+    def updates(self) -> list[Contributor]:
+        contributors = sorted(self.closing.contributors.items())
+        return [Contributor(self.journal, self.plan, contribution) for _, contribution in contributors]
+
+    def _of(self, sites: Collection[SiteId]) -> list[Contributor]:
+        return [u for u, site in zip(self.updates, sorted(self.closing.contributors), strict=True) if site in sites]
+
+    def _arguments(self, memory_budget: int | None, threads: int | None) -> dict[str, Any]:
+        plan = self.plan
+        return {
+            "journal": self.journal,
+            "algorithm": self.algorithm,
+            "head": self.head,
+            "context": RoundContext.at(self.recipe.seed, plan.run, plan.round, plan.phase, None, plan.num_sites),
+            "budget": self.recipe.memory_budget if memory_budget is None else memory_budget,
+            "threads": threads or _threads(self.journal.store),
+        }
+
+    # -- where it runs
+    def summed(
+        self, part: Share, workplace: str, memory_budget: int | None = None, threads: int | None = None
+    ) -> Reduced:
+        """The sum of a region's updates, made at `workplace`."""
+        started = time.monotonic()
+        reduction = PartialReduction(updates=self._of(part.sites), **self._arguments(memory_budget, threads))
+        written = reduction.write({"sum": f"{self.journal.workshop(workplace)}/objects"}, part.of)
+        weights = {group: reduction.weights.get(group, {}) for group in written.of("sum")}
+        spent = time.monotonic() - started
+        return Reduced(workplace=workplace, of=part.of, sums=written.of("sum"), weights=weights, seconds=spent)
+
+    def whole(
+        self, of: str, workplace: str | None, memory_budget: int | None = None, threads: int | None = None
+    ) -> tuple[Reduced, Written]:
+        """Everything that the phase comes to, made at `workplace`, or at the coordinator."""
+        started, regional = time.monotonic(), [s for s in shares(self.plan, self.closing) if s.region]
+        sums = [self._regional_sum(share) for share in regional]
+        apart = {site for share in regional for site in share.sites}
+        direct = self._of(self.closing.contributors.keys() - apart)
+        reduction = Reduction(updates=direct, sums=sums, **self._arguments(memory_budget, threads))
+        public, server = f"{self.journal.public}/objects", f"{self.journal.server}/objects"
+        own = f"{self.journal.workshop(workplace)}/objects" if workplace else None
+        prefixes = {"broadcast": own or public, "state": own or server, "model": own or server}
+        written = reduction.write(prefixes, self.closing.digest())
+        reduced = Reduced(
+            workplace=workplace or "",
+            of=of,
+            state=StateRecord(tensors=written.of("state"), scalars=reduction.scalars(written)),
             model=written.of("model"),
             broadcast=written.of("broadcast"),
             model_digest=written.model_digest,
-            metrics=weighted_metrics([(c.weight, c.metrics) for c in contributors.values()]),
-            sites=_site_records(head, plan, contributors, closing),
-            opened=next((o.opened for o in journal.openings(plan)), None),
-            committed=utc_now(),
             seconds=time.monotonic() - started,
         )
-    )
+        return reduced, written
+
+    def _regional_sum(self, share: Share) -> RegionalSum:
+        found = reduced_of(self.journal, share)
+        if found is None or found.invalid:
+            raise RoundError(
+                f"region {share.region}: found no sum of its updates, expected one; resume the run",
+                run=self.plan.run,
+                round=self.plan.round,
+            )
+        weighed = [(u.bare, self.algorithm.weight(u.bare)) for u in self._of(share.sites)]
+        return RegionalSum(self.journal, found, weighed)
+
+    # -- what is committed
+    def commit(self, memory_budget: int | None, threads: int | None) -> Manifest:
+        journal, plan, closing, head, algorithm = self.journal, self.plan, self.closing, self.head, self.algorithm
+        whole = next((s for s in shares(plan, closing) if s.region is None), None)
+        if whole is None:
+            reduced, written = self.whole("", None, memory_budget, threads)
+            outline = read_outline(journal.store, algorithm.State, reduced.state, written.spec("state"))
+        else:
+            found = reduced_of(journal, whole)
+            if found is None or found.invalid:
+                raise RoundError(
+                    "found no aggregation of the round, expected one; resume the run", run=plan.run, round=plan.round
+                )
+            reduced, outline = found, read_outline(journal.store, algorithm.State, found.state)
+        if reduced.state != head.state and (line := algorithm.report(outline, len(self.updates))):
+            _log.info("run %s, round %d: %s", plan.run, plan.round, line)
+        weights = {u.manifest.site: algorithm.weight(u.bare) for u in self.updates}
+        contributors = {u.manifest.site: u.summary(weights[u.manifest.site]) for u in self.updates}
+        return journal.put_manifest(
+            Manifest(
+                run=journal.run,
+                nonce=journal.record().nonce,
+                round=plan.round,
+                phase=plan.phase,
+                parent=head.digest(),
+                closing=journal.closing_key(plan, closing),
+                closing_digest=closing.digest(),
+                contributors=contributors,
+                excluded=closing.excluded,
+                partial=_partial(self.updates),
+                numerics_differ=_numerics_differ(contributors),
+                state=reduced.state,
+                model=reduced.model,
+                broadcast=reduced.broadcast,
+                model_digest=reduced.model_digest,
+                metrics=weighted_metrics([(c.weight, c.metrics) for c in contributors.values()]),
+                sites=_site_records(head, plan, contributors, closing),
+                opened=next((o.opened for o in journal.openings(plan)), None),
+                committed=utc_now(),
+                aggregator=reduced.workplace or None,
+                seconds=reduced.seconds,
+            )
+        )
+
+
+def reduce_elsewhere(
+    journal: Journal,
+    plan: Plan,
+    closing: Closing,
+    share: Share,
+    workplace: str,
+    *,
+    recipe: Recipe | None = None,
+    memory_budget: int | None = None,
+    threads: int | None = None,
+) -> Reduced:
+    """Do `share` of the aggregation of a phase at a site or a regional aggregator, `workplace`, which writes below its own prefix only.
+
+    recipe: as that place reads it; default: the run's. An update that is unreadable or not finite is named in what is returned, and in
+    the record, which is written last; then there is nothing else. A second call finds it done.
+    """
+    if done := reduced_of(journal, share, (workplace,)):
+        return done
+    recipe = recipe or journal.recipe()
+    head = journal.head(recipe.phases)
+    assert head is not None
+    phase = _Phase(journal, plan, closing, recipe, head)
+    try:
+        if share.region is None:
+            reduced = phase.whole(share.of, workplace, memory_budget, threads)[0]
+        else:
+            reduced = phase.summed(share, workplace, memory_budget, threads)
+    except UpdateInvalid as error:
+        assert error.site is not None
+        reduced = Reduced(workplace=workplace, of=share.of, invalid={error.site: error.reason})
+    return journal.put_reduced(reduced)
 
 
 def _threads(store: ObjectStore) -> int:
@@ -181,7 +319,9 @@ def _site_records(
 ) -> dict[SiteId, SiteRecord]:
     records = dict(parent.sites)
     for site, c in contributors.items():
-        records[site] = SiteRecord(accepted=c.update, last_round=plan.round, seconds=c.seconds, failures=0)
+        records[site] = SiteRecord(
+            accepted=c.update, last_round=plan.round, seconds=c.seconds, failures=0, steps=c.steps
+        )
     for site in closing.excluded:
         before = records.get(site, SiteRecord())
         records[site] = before.model_copy(update={"failures": before.failures + 1})

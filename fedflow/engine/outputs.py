@@ -26,9 +26,9 @@ __all__ = ["Layout", "LayoutChanged", "Made", "Output", "Written", "learned", "r
 
 
 class Output(NamedTuple):
-    """A group of the broadcast or of the model, or a field of the state."""
+    """A group of the broadcast or of the model, a field of the state, or the sum of a group of the updates."""
 
-    kind: Literal["broadcast", "state", "model"]
+    kind: Literal["broadcast", "state", "model", "sum"]
     name: str
 
 
@@ -98,7 +98,7 @@ def learned(parts: Iterable[tuple[Part, Made]]) -> dict[Output, Layout]:
 
 def _place(output: Output) -> tuple[int, str]:
     """Who comes first is written; what is the same object after it is named only. Sites see the broadcast's objects alone."""
-    return ("broadcast", "state", "model").index(output.kind), output.name
+    return ("broadcast", "state", "model", "sum").index(output.kind), output.name
 
 
 def _identical(tensors: Tensors, others: Tensors) -> bool:
@@ -143,16 +143,16 @@ def write(
     layouts: Mapping[Output, Layout],
     parts: Iterable[tuple[Part, Made]],
     *,
-    parent: Manifest,
+    parent: Manifest | None,
     prefixes: Mapping[str, str],
     origin: str,
 ) -> Written:
-    """Write every part as it comes. An output that did not change stays the object of `parent` that it was.
+    """Write every part as it comes. An output that did not change stays the object of `parent`, if any, that it was.
 
     prefixes: kind -> where its objects lie; origin: digest of all that determines what is written, from which objects get
     their names. Raises LayoutChanged where something else is made than `layouts` say; then nothing of it is there.
     """
-    before = _refs(parent)
+    before = _refs(parent) if parent else {}
     objects = {
         output: _Object(store, output, layout.spec, before.get(output), _key(prefixes, origin, output))
         for output, layout in layouts.items()

@@ -68,7 +68,7 @@ def drop(journal: Journal, keys: Iterable[str]) -> None:
 
 def _objects(journal: Journal) -> list[str]:
     prefixes = [f"{journal.public}/objects", f"{journal.server}/objects"]
-    prefixes += [f"sites/{site}/{journal.run}" for site in journal.sites()]
+    prefixes += [journal.workshop(name) for name in (*journal.sites(), *journal.recipe().schedule.regional)]
     return [key for prefix in prefixes for key in journal.store.list(prefix) if key.endswith(".safetensors")]
 
 

@@ -9,7 +9,7 @@ import contextlib
 import itertools
 import re
 import uuid
-from collections.abc import Collection, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Literal
@@ -18,11 +18,13 @@ from fedflow import __version__
 from fedflow.engine.aggregation import aggregate_round, commit_initial
 from fedflow.engine.best import key_metrics, stops_early
 from fedflow.engine.checkpoints import initial_models
-from fedflow.engine.updates import Checks
+from fedflow.engine.shares import Share, reduced_of, shares
+from fedflow.engine.updates import Checks, told
 from fedflow.errors import (
     FedflowError,
     QuorumLost,
     RoundAborted,
+    RoundError,
     RunExists,
     UpdateInvalid,
     UserError,
@@ -52,6 +54,7 @@ __all__ = [
     "amend_run",
     "close_round",
     "commit_round",
+    "delegate",
     "exclude",
     "gave_up",
     "is_finished",
@@ -126,6 +129,8 @@ def check_sites(recipe: Recipe, sites: Sequence[SiteId]) -> None:
             expected = f"{least} to {most} with algorithm {recipe.algorithm.kind}"
             fix = "name them in schedule.sites"
             raise UserError(field_error("schedule", f"{asked} sites a round", expected, fix))
+    if both := sorted(set(recipe.schedule.regional) & set(sites)):
+        raise UserError(field_error("schedule.regions", both, "names that are no sites", "rename the regions"))
     for name in ("quorum", "min_sites"):
         wanted = getattr(recipe, name)
         if wanted is not None and wanted > len(sites):
@@ -228,7 +233,7 @@ def federation_view(
     """What is known of every site. absent: site -> why it cannot be asked now; at_work: site -> base of what it still makes."""
     known = {site: head.sites.get(site, SiteRecord()) for site in journal.sites()}
     return {
-        site: SiteView(site not in absent, at_work.get(site), r.last_round, r.seconds, r.failures)
+        site: SiteView(site not in absent, at_work.get(site), r.last_round, r.seconds, r.failures, r.steps)
         for site, r in known.items()
     }
 
@@ -245,7 +250,7 @@ def open_round(
 ) -> tuple[Plan, Opening]:
     """The plan of `step`, and an opening of it: made, or found made.
 
-    absent: site -> why it cannot be asked now (used for a new plan only)
+    absent: site, or regional aggregator -> why it cannot be asked now (used for a new plan only)
     at_work: site -> base round of an update that it still makes (the same)
     reopen: start a new opening with a new deadline, as a resume does; the updates that are there stay. Without it an
             opening that is there is continued, its deadline not extended, unless it was closed below its quorum.
@@ -299,12 +304,15 @@ def _make_plan(
     algorithm = recipe.computation
     head = journal.head(algorithm.phases)
     assert head is not None
+    absent = recipe.schedule.absences(absent)
     view = federation_view(journal, head, absent, at_work)
     if step.phase == algorithm.phases[0]:
         wanted = recipe.schedule.plan(step.round, view, recipe.seed)
         tasks = {s: TaskRecord(steps=t.steps, overrides=dict(t.overrides)) for s, t in wanted.tasks.items()}
         quorum = recipe.quorum if recipe.quorum is not None else wanted.quorum
         late, back = lateness(recipe, wanted)
+        again = wanted.again and late == "carry" and back > 0
+        aggregators, regions = wanted.aggregators, wanted.regions
         there = sum(site.online for site in view.values())
     else:
         first = journal.plan(step.round, algorithm.phases[0])
@@ -312,6 +320,7 @@ def _make_plan(
         tasks = {s: t for s, t in first.tasks.items() if s in head.contributors}
         quorum = min(algorithm.enough(step.phase, first.quorum), len(tasks))  # fewer, where those were enough before
         late, back, there = first.late, 0, len(tasks)
+        again, aggregators, regions = False, first.aggregators, first.regions
     check_cohort(recipe, len(tasks), there, quorum, absent, run=journal.run, round=step.round)
     record = journal.record()
     return Plan(
@@ -330,6 +339,9 @@ def _make_plan(
         late=late,
         amendments=len(journal.amendments()),
         num_sites=len(journal.sites()),
+        again=again,
+        aggregators=list(aggregators),
+        regions={region: list(sites) for region, sites in regions.items()},
     )
 
 
@@ -513,16 +525,16 @@ def quorum_lost(
     )
 
 
-def exclude(journal: Journal, plan: Plan, closing: Closing, site: SiteId, reason: str) -> Closing:
-    """The next revision of `closing`, without `site`; made or found made."""
-    left = {s: c for s, c in closing.contributors.items() if s != site}
+def exclude(journal: Journal, plan: Plan, closing: Closing, reasons: Mapping[SiteId, str]) -> Closing:
+    """The next revision of `closing`, without the sites of `reasons`; made or found made."""
+    left = {s: c for s, c in closing.contributors.items() if s not in reasons}
     revised = closing.model_copy(
         update={
             "revision": closing.revision + 1,
             "closed": utc_now(),
-            "why": f"{site} excluded in aggregation",
+            "why": f"{', '.join(sorted(reasons))} excluded in aggregation",
             "contributors": left,
-            "excluded": {**closing.excluded, site: reason},
+            "excluded": {**closing.excluded, **reasons},
             "quorate": is_quorate(closing, Survey(left, {})),
         }
     )
@@ -540,4 +552,38 @@ def commit_round(journal: Journal, plan: Plan, closing: Closing) -> Manifest:
             return aggregate_round(journal, plan, closing)
         except UpdateInvalid as error:
             assert error.site is not None
-            closing = exclude(journal, plan, closing, error.site, error.reason)
+            closing = exclude(journal, plan, closing, {error.site: error.reason})
+
+
+def delegate(
+    journal: Journal,
+    plan: Plan,
+    closing: Closing,
+    have_done: Callable[[Closing, Sequence[Share]], Mapping[Share, str]],
+) -> Closing:
+    """Have done what of the aggregation of `closing` others than the coordinator do; the closing that can be committed then.
+
+    have_done: (closing, shares) -> those that nobody did, and why; what was done is in the store. A region whose sum is not to be had
+    is excluded with its updates, and so is an update that turns out unreadable or not finite. Raises QuorumLost where too few are left,
+    RoundError where nobody aggregates the whole.
+    """
+    undone: Mapping[Share, str] = {}
+    while True:
+        closing = check_quorate(plan, closing)
+        found = {share: reduced_of(journal, share) for share in shares(plan, closing)}
+        reasons: dict[SiteId, str] = {}
+        for share, reduced in found.items():
+            if reduced is not None:
+                reasons |= {site: told(why) for site, why in reduced.invalid.items()}
+            elif share in undone and share.region is None:
+                raise RoundError(f"nobody aggregated: {undone[share]}; resume the run", run=plan.run, round=plan.round)
+            elif share in undone:
+                reasons |= dict.fromkeys(share.sites, f"region {share.region}: {undone[share]}")
+        missing = [share for share, reduced in found.items() if reduced is None]
+        if reasons:
+            closing = exclude(journal, plan, closing, reasons)
+        elif not missing:
+            return closing
+        else:
+            first = [share for share in missing if share.region is not None] or missing
+            undone = have_done(closing, first)

@@ -6,18 +6,29 @@ import traceback
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from torch import nn
 
-from fedflow.engine.aggregation import evaluate_round
-from fedflow.engine.rounds import amend_run, close_round, commit_round, next_step, open_round, start_run, survey
+from fedflow.engine.aggregation import evaluate_round, reduce_elsewhere
+from fedflow.engine.rounds import (
+    amend_run,
+    close_round,
+    commit_round,
+    delegate,
+    next_step,
+    open_round,
+    start_run,
+    survey,
+)
+from fedflow.engine.shares import Share
 from fedflow.engine.site import SiteWork, site_step
 from fedflow.errors import FedflowError
 from fedflow.recipe import Recipe, SiteConfig
 from fedflow.store.journal import Journal
 from fedflow.store.objects import ObjectStore
-from fedflow.store.records import Manifest
+from fedflow.store.records import Closing, Manifest, Plan
 from fedflow.types import SiteId
 
 __all__ = ["simulate"]
@@ -66,10 +77,27 @@ def simulate(
         closing = close_round(
             journal, plan, opening, survey(journal, plan), why="every site answered", missing=absent | failures
         )
+        closing = delegate(journal, plan, closing, partial(_aggregated, journal, plan))
         manifest = commit_round(journal, plan, closing)
         evaluate_round(journal, manifest)
         on_round(manifest)
     return journal
+
+
+def _aggregated(journal: Journal, plan: Plan, closing: Closing, wanted: Sequence[Share]) -> dict[Share, str]:
+    """Do `wanted`, each at the first of its workplaces at which that is possible; those that it is at none of, and why."""
+    undone = {}
+    for share in wanted:
+        why = []
+        for workplace in share.workplaces:
+            try:
+                reduce_elsewhere(journal, plan, closing, share, workplace)
+                break
+            except FedflowError as error:
+                why.append(f"{workplace}: {error.reason}")
+        else:
+            undone[share] = "; ".join(why)
+    return undone
 
 
 def _attempts(

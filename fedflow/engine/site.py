@@ -49,6 +49,7 @@ from fedflow.store.records import (
     Plan,
     SiteStateRecord,
     StateRecord,
+    TaskRecord,
     UpdateManifest,
     finite,
     utc_now,
@@ -58,7 +59,7 @@ from fedflow.store.tensors import StoredTensors, read_tensors, write_tensors
 from fedflow.tensors import LazyGroups
 from fedflow.types import RoundContext, SiteTask, Update
 
-__all__ = ["SiteWork", "failure_of", "hard_deadline", "site_step"]
+__all__ = ["SiteWork", "failure_of", "hard_deadline", "killed_after", "site_step"]
 
 _log = logging.getLogger(__name__)
 
@@ -70,6 +71,7 @@ class SiteWork:
     """One site's part in one phase, as it is sent to the site: names only, no URL and no code.
 
     opening, attempt: which try this is; they decide no bit of the update
+    after:   digest of the site's update that counted in this round: another one is asked for, from the same broadcast, that goes on from it
     """
 
     run: str
@@ -77,6 +79,14 @@ class SiteWork:
     phase: str
     opening: int = 1
     attempt: int = 1
+    after: str | None = None
+
+    def task(self, plan: Plan, site: str) -> TaskRecord:
+        """What is asked of `site`."""
+        task = plan.tasks[site]
+        if self.after is None:
+            return task
+        return task.model_copy(update={"state_base": self.after, "overrides": {**task.overrides, "again": 1}})
 
 
 def site_step(
@@ -108,9 +118,9 @@ def site_step(
     plan, opening = _plan_of(journal, work)
     if config.name not in plan.tasks:
         raise SiteError("this site is not in the round's cohort", run=work.run, round=work.round, site=config.name)
-    states = _States(ObjectStore(config.state), plan)
+    states, task = _States(ObjectStore(config.state), plan), work.task(plan, config.name)
     with states.lock(config.name):
-        found = _sent(journal, plan, opening, config.name)
+        found = _sent(journal, plan, opening, config.name, task)
         if found is not None:
             return found
         closes = None if unhurried else _ClosingWatch(journal, plan, opening, recipe.durations.heartbeat)
@@ -126,7 +136,7 @@ def site_step(
             if closes:
                 closes.step()
 
-        memory = Memory(lambda: states.read_training(plan.tasks[config.name].state_base))
+        memory = Memory(lambda: states.read_training(task.state_base))
         setup = Setup(model or build, recipe.training_at(config.name), recipe.numerics, on_step, memory)
         training = work_of(
             recipe.algorithm,
@@ -136,7 +146,7 @@ def site_step(
             config.statistics,
         )
         broadcast = _received(root, plan, recipe.memory_budget)
-        update, state = _run_algorithm(recipe, broadcast, plan, config.name, states, training)
+        update, state = _run_algorithm(recipe, broadcast, plan, config.name, task, states, training)
         update = replace(update, attempt=work.attempt)
         received = sum(plan.broadcast[group].size for group in broadcast.made)
         spent = {"seconds": time.monotonic() - started, "received": received}
@@ -172,21 +182,21 @@ def _tasks(config: SiteConfig) -> Registry:
     return partial(resolve, "tasks", field="algorithm.function", aliases=config.tasks, allowed=config.allowed_imports)
 
 
-def _sent(journal: Journal, plan: Plan, opening: Opening, site: str) -> UpdateManifest | None:
-    """This site's update for this plan, if it was sent before and was not rejected."""
+def _sent(journal: Journal, plan: Plan, opening: Opening, site: str, task: TaskRecord) -> UpdateManifest | None:
+    """This site's update for this task of the plan, if it was sent before and was not rejected."""
     for key in journal.store.list(journal.inbox(site, plan.round, plan.phase)):
         if key.endswith(".json") and key not in opening.rejected:
             with contextlib.suppress(ValueError, ObjectMissing):
                 manifest = UpdateManifest.from_bytes(journal.store.get(key))
-                if manifest.plan == plan.digest():
+                if manifest.plan == plan.digest() and manifest.state_base == task.state_base:
                     return manifest
     return None
 
 
 def _run_algorithm(
-    recipe: Recipe, broadcast: LazyGroups, plan: Plan, site: str, states: _States, training: Any
+    recipe: Recipe, broadcast: LazyGroups, plan: Plan, site: str, task: TaskRecord, states: _States, training: Any
 ) -> tuple[Update, Any]:
-    algorithm, task = recipe.computation, plan.tasks[site]
+    algorithm = recipe.computation
     settings = SiteTask(task.steps, task.overrides).settings
     context = RoundContext.at(recipe.seed, plan.run, plan.round, plan.phase, site, plan.num_sites, settings)
     before = states.read(algorithm, task.state_base, site)
@@ -407,7 +417,14 @@ def hard_deadline(work: SiteWork, config: SiteConfig) -> Iterator[None]:
         finally:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    timer = threading.Timer(max(left.total_seconds(), 0.1), expire)
+    with killed_after(left, expire):
+        yield
+
+
+@contextlib.contextmanager
+def killed_after(limit: timedelta, expire: Callable[[], None]) -> Iterator[None]:
+    """Have a thread call `expire`, which is to kill this process, if the body outlives `limit`; or the kernel a little later."""
+    timer = threading.Timer(max(limit.total_seconds(), 0.1), expire)
     timer.daemon = True
     timer.start()
     with _alarm(timer.interval + ALARM_AFTER):

@@ -21,7 +21,7 @@ from fedflow.store.tensors import Part, TensorReader, file_order, read_spec
 from fedflow.tensors import cast, non_finite
 from fedflow.types import MODEL_GROUPS, Groups, SiteId, Spec, Tensors, TensorSpec, Update, spec_of
 
-__all__ = ["Checks", "Contributor", "as_update", "problem_of", "rebased"]
+__all__ = ["Checks", "Contributor", "as_update", "problem_of", "rebased", "told"]
 
 MOST_MANIFEST = 16 << 20  # bytes; the digests of an object of 1 TiB take 5 MiB
 MOST_METRICS = 1000
@@ -86,14 +86,16 @@ class Checks:
         return found
 
     def judge(self, site: SiteId, key: str) -> Contribution | str | None:
-        """A contribution, or the reason why not; None for an update that counted in an earlier round."""
+        """A contribution, or the reason why not; None for an update that counted in an earlier round, or may in a later one."""
         found = self._judged(site, key)
-        return _told(found) if isinstance(found, str) else found
+        return told(found) if isinstance(found, str) else found
 
     def _judged(self, site: SiteId, key: str) -> Contribution | str | None:
         try:
             update = UpdateManifest.from_bytes(self.journal.store.get(key, at_most=MOST_MANIFEST))
             if update.update_digest() in {self.plan.tasks[site].state_base, *self._counted.get(site, ())}:
+                return None
+            if self.plan.again and self._is_for_later(site, update):
                 return None
             self._check_header(site, key, update)
             _check_weight(self.recipe.computation, as_update(update, {}, self.plan.round))
@@ -105,6 +107,14 @@ class Checks:
         except (UpdateInvalid, StoreError) as error:
             return str(error)
         return Contribution(key=key, update=update.update_digest(), base_round=update.round)
+
+    def _is_for_later(self, site: SiteId, update: UpdateManifest) -> bool:
+        """Whether it goes on from another update that is there, and is not the one that the plan's task goes on from: once that one counts,
+        this one can."""
+        before = update.state_base
+        if before is None or before == self.plan.tasks[site].state_base:
+            return False
+        return any(before.partition(":")[2] in key for key in self.keys(site))
 
     def _check_header(self, site: SiteId, key: str, update: UpdateManifest) -> None:
         plan = self.plan
@@ -216,7 +226,7 @@ def _largest_header(expected: Mapping[str, TensorSpec]) -> int:
     return sum(6 * len(name.encode()) + 24 * len(spec.shape) + 128 for name, spec in expected.items()) + 1024
 
 
-def _told(reason: str) -> str:
+def told(reason: str) -> str:
     """A reason that may quote a site, fit for a record that everybody reads."""
     return reason.encode("utf-8", "backslashreplace").decode()[:LONGEST_REASON]
 
@@ -310,7 +320,7 @@ class Contributor:
 
     def _invalid(self, reason: str) -> UpdateInvalid:
         site = self.contribution.key.split("/")[1]
-        return UpdateInvalid(_told(reason), run=self.plan.run, round=self.plan.round, site=site)
+        return UpdateInvalid(told(reason), run=self.plan.run, round=self.plan.round, site=site)
 
     def summary(self, weight: float) -> ContributorSummary:
         m = self.manifest

@@ -220,7 +220,7 @@ class PocEnv(ProdEnv):
         placed = wanted.model_copy(update={"store": store or wanted.store or str(self.home / "store")})
         self.server = Server(self.home / "prefect", database=database)
         self.environment = dict(environment or {})
-        self._workers: list[subprocess.Popen[bytes]] = []
+        self._workers: dict[str, subprocess.Popen[bytes]] = {}
         self.site_type = site_type
         super().__init__(placed, home=self.home, api_url=self.server.url)
 
@@ -245,7 +245,7 @@ class PocEnv(ProdEnv):
         self.api_url = self.server.url
 
     def start(self, recipe: Recipe) -> None:
-        """Server, deployments, one worker a site and the coordinator's; nothing where they run already.
+        """Server, deployments, one worker a site, a regional aggregator of the recipe, and the coordinator's; nothing where they run.
 
         Raises UserError where another process runs a federation in this home.
         """
@@ -256,17 +256,17 @@ class PocEnv(ProdEnv):
                 "wait for it, or give another --home",
             )
             raise UserError(field_error("--home", str(self.home), expected, fix))
+        self.federation = self.federation.with_regions(recipe.schedule.regional)
         self.deploy(recipe)
-        if self._workers:
-            return
-        self._bury()
+        if not self._workers:
+            self._bury()
         common = self.server.environment() | self.environment
         self._spawn_worker(
             "coordinator",
             worker.command(self.federation.coordinator_pool, "coordinator", worker.CoordinatorWorker.type),
             common,
         )
-        for site in self.federation.sites:
+        for site in self.federation.workplaces:
             config, path = self._site_config(site.name, recipe)
             args = worker.command(config.work_pool, site.name, self.site_type)
             self._spawn_worker(site.name, args, common | worker.environment(config, path))
@@ -281,12 +281,14 @@ class PocEnv(ProdEnv):
                 client.set_flow_run_state(run.id, Crashed(message="its federation was killed"), force=True)
 
     def _spawn_worker(self, name: str, args: list[str], env: dict[str, str]) -> None:
+        if name in self._workers:
+            return
         process = _spawn(args, self.home / "logs" / f"worker-{name}.log", clean_environment(**env))
         self.server.watch(process)
-        self._workers.append(process)
+        self._workers[name] = process
 
     def _site_config(self, name: str, recipe: Recipe) -> tuple[SiteConfig, Path]:
-        site = next(s for s in self.federation.sites if s.name == name)
+        site = next(s for s in self.federation.workplaces if s.name == name)
         folder = self.home / "sites" / name
         folder.mkdir(parents=True, exist_ok=True)
         assert self.federation.store is not None
@@ -304,20 +306,20 @@ class PocEnv(ProdEnv):
 
     def processes(self) -> list[subprocess.Popen[bytes]]:
         """The workers that run now."""
-        return list(self._workers)
+        return list(self._workers.values())
 
     def ui_command(self, run: Run) -> str | None:
         return f"fedflow ui {run.id}" + ("" if self.home == DEFAULT_HOME.resolve() else f" --home {self.home}")
 
     def close(self) -> None:
         """Stop workers and server, and all that they started."""
-        for process in self._workers:
+        for process in self._workers.values():
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGINT)
-        for process in self._workers:
+        for process in self._workers.values():
             _stop(process)
             self.server.forget(process)
-        self._workers = []
+        self._workers = {}
         self.server.stop()
 
 

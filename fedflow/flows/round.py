@@ -18,10 +18,12 @@ from fedflow.engine.child import aggregate_in_child, evaluate_in_child
 from fedflow.engine.logs import passed_on
 from fedflow.engine.results import excluded_in, outlined, result_of
 from fedflow.engine.rounds import Step, next_step, open_round, survey
+from fedflow.engine.rounds import delegate as engine_delegate
 from fedflow.engine.summary import summarize_round
 from fedflow.errors import QuorumLost, SiteError, StoreUnwritable, UserError
 from fedflow.prefect.api import absent_sites, cancel, connected
 from fedflow.prefect.artifacts import flat, publish_result, publish_round, shown_if_possible
+from fedflow.prefect.delegation import Delegation
 from fedflow.prefect.dispatch import Collector, Origin, Watched, at_work, send
 from fedflow.prefect.sites import publish_sites
 from fedflow.recipe import Federation
@@ -80,6 +82,8 @@ def _hold(run: str, round: int, federation: Federation, reopen: bool, why: str, 
         for site, reason in plan.absent.items():
             log.warning("%s is left out: %s", site, reason)
         collect(journal, plan, opening, dispatch(journal, plan, opening, late))
+        if plan.aggregators or plan.regions:
+            delegate(journal, federation, plan, opening)
         aggregate(journal, federation, plan, opening)
         reopen = False
     manifest = journal.manifest(round, phases[-1])
@@ -114,9 +118,11 @@ def plan_and_open(
     """
     before = journal.plan(step.round - 1, step.phase) if step.round else None
     with connected() as client:
-        absent = absent_sites(client, federation, journal.sites())
+        absent = absent_sites(client, federation, journal.sites(), journal.recipe().schedule.regional)
         late = at_work(client, journal.record().nonce, step.round) if before and before.late == "carry" else {}
-        bases = {site: base for site, (base, _) in late.items()}
+        asked_again = journal.attempts(before) if before and before.again else []
+        bases = {a.site: step.round - 1 for a in asked_again if a.attempt == 0}
+        bases |= {site: base for site, (base, _) in late.items()}
         plan, opening = open_round(journal, step, absent=absent, at_work=bases, reopen=reopen, why=why, ends=ends)
         outdated = [run for base, run in late.values() if base not in plan.accept_bases]
         cancel(client, outdated, f"round {step.round} does not count updates that are so old")
@@ -139,10 +145,10 @@ def dispatch(journal: Journal, plan: Plan, opening: Opening, late: dict[str, UUI
     if journal.closing(plan, opening.number) is not None:
         return {}
     sites = sorted(plan.tasks.keys() - survey(journal, plan).answered())
-    sent = {a.site: 1 for a in journal.attempts(plan) if a.opening == opening.number}
+    sent: dict[str, int] = {}
     for a in journal.attempts(plan):
-        if a.opening == opening.number:
-            sent[a.site] = max(sent[a.site], a.attempt)
+        if a.opening == opening.number and a.attempt:
+            sent[a.site] = max(sent.get(a.site, 1), a.attempt)
     origin = Origin.here()
     with connected() as client:
 
@@ -176,6 +182,16 @@ def collect(journal: Journal, plan: Plan, opening: Opening, sites: dict[str, Wat
     log.info("closed (%s) with %d updates", closing.why, len(closing.contributors))
     for site, reason in closing.excluded.items():
         log.warning("%s does not count: %s", site, reason)
+
+
+@task(cache_policy=NO_CACHE, persist_result=False)
+def delegate(journal: Journal, federation: Federation, plan: Plan, opening: Opening) -> None:
+    """Have sites and regional aggregators do what of the aggregation is theirs."""
+    closing = journal.closing(plan, opening.number)
+    assert closing is not None
+    with connected() as client:
+        delegation = Delegation(journal, plan, journal.recipe(), federation, client, get_run_logger(), Origin.here())
+        engine_delegate(journal, plan, closing, delegation.have_done)
 
 
 @task(
@@ -238,4 +254,5 @@ def publish(journal: Journal, federation: Federation, manifest: Manifest) -> Non
             publish_result(journal.run, manifest.round, page, outlined(found))
     with shown_if_possible(), connected() as client:
         publish_sites(client, federation)
-    get_run_logger().info("committed %s: %s", manifest.model_digest, flat(summary.shown))
+    where = f", aggregated at {manifest.aggregator}" if manifest.aggregator else ""
+    get_run_logger().info("committed %s%s: %s", manifest.model_digest, where, flat(summary.shown))

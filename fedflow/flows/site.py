@@ -19,8 +19,12 @@ from fedflow.store.objects import ObjectStore
 
 
 @flow(name=SITE_FLOW, description="Local training at a site, for one round.", persist_result=False)
-def local_training(run: str, round: int, phase: str, opening: int, attempt: int, site: str) -> State[None]:
+def local_training(
+    run: str, round: int, phase: str, opening: int, attempt: int, site: str, after: str | None = None
+) -> State[None]:
     """Train as the plan says and put the update into the store. The site's own configuration decides where and on what.
+
+    after: the site's update of this round that counts; another one is asked for
 
     Returns nothing but a state: what counts is the update's manifest. A failure is written into the store with its
     traceback before the flow run fails.
@@ -29,7 +33,7 @@ def local_training(run: str, round: int, phase: str, opening: int, attempt: int,
     config = SiteConfig.here()
     if site != config.name:
         raise SiteError(f"site: found {site!r}, expected {config.name!r}, who I am; correct the deployment's work pool")
-    work = SiteWork(run, round, phase, opening, attempt)
+    work = SiteWork(run, round, phase, opening, attempt, after)
     reported = time.monotonic()
 
     def progress(done: int, planned: int | None) -> None:

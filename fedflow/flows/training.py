@@ -156,8 +156,9 @@ def wait_for_sites(journal: Journal, federation: Federation) -> None:
     log = get_run_logger()
     until = time.monotonic() + journal.recipe().wait_for_sites.total_seconds()
     told: set[str] = set()
+    regional = journal.recipe().schedule.regional
     with connected() as client:
-        while (absent := absent_sites(client, federation, journal.sites())) and time.monotonic() < until:
+        while (absent := absent_sites(client, federation, journal.sites(), regional)) and time.monotonic() < until:
             for site in sorted(absent.keys() - told):
                 log.info("waiting for %s: %s", site, absent[site])
             told |= absent.keys()

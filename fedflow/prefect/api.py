@@ -169,10 +169,18 @@ def cancel(client: SyncPrefectClient, runs: Iterable[FlowRun], why: str, *, forc
     return names
 
 
-def absent_sites(client: SyncPrefectClient, federation: Federation, sites: Iterable[SiteId] = ()) -> dict[SiteId, str]:
-    """Site -> why it cannot be asked: no pool, or no worker of it seen lately. sites: others that the run knows."""
+def absent_sites(
+    client: SyncPrefectClient, federation: Federation, sites: Iterable[SiteId] = (), regional: Iterable[str] = ()
+) -> dict[str, str]:
+    """Site, or one of those regional aggregators -> why it cannot be asked: no pool, or no worker of it seen lately.
+
+    sites: others that the run knows
+    """
+    wanted = set(regional)
+    regions = [region for region in federation.regions if region.name in wanted]
     absent = dict.fromkeys(set(sites) - set(federation.names), "not in the federation any more")
-    for site in federation.sites:
+    absent |= dict.fromkeys(wanted - {region.name for region in regions}, "not among the federation's regions")
+    for site in (*federation.sites, *regions):
         pool = (str(client.api_url), site.work_pool)
         if time.monotonic() - _present.get(pool, -math.inf) < FRESH:
             continue

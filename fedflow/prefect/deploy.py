@@ -32,18 +32,19 @@ def deploy_federation(
     site_type: str = "fedflow-site",
     coordinator_type: str = "fedflow-coordinator",
 ) -> list[str]:
-    """Create or update one pool and one deployment a site, and the coordinator's; names of the deployments.
+    """Create or update one pool a site or region, its deployments, and the coordinator's; names of the deployments.
 
     site_type, coordinator_type: worker types of new pools: fedflow's own, or "process", "docker", "kubernetes"
     recipe: what the form of a new training is filled with. Deployments name the flows as modules and pull nothing: each
     worker runs the fedflow that is installed where it is.
     """
+    from fedflow.flows.aggregation import aggregation
     from fedflow.flows.round import federated_round
     from fedflow.flows.site import local_training
     from fedflow.flows.training import training
 
     _ensure_pool(client, federation.coordinator_pool, coordinator_type)
-    for pool in sorted({site.work_pool for site in federation.sites}):
+    for pool in sorted({site.work_pool for site in federation.workplaces}):
         _ensure_pool(client, pool, site_type)
     given = {"federation": federation.model_dump(mode="json", exclude_defaults=True)}
     filled = given | ({"recipe": recipe.model_dump(mode="json")} if recipe else {})
@@ -53,6 +54,8 @@ def deploy_federation(
     ]
     for site in federation.sites:
         deployed.append(_deploy(client, local_training, site.name, site.work_pool, tags=[f"site:{site.name}"]))
+    for site in federation.workplaces:
+        deployed.append(_deploy(client, aggregation, site.name, site.work_pool))
     return deployed
 
 

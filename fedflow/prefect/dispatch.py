@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from typing import Any
 from uuid import UUID
 
 from prefect.client.orchestration import SyncPrefectClient
@@ -28,6 +29,7 @@ from fedflow.engine.rounds import (
     no_update,
     survey,
 )
+from fedflow.engine.shares import Share
 from fedflow.errors import SiteError, StoreUnavailable
 from fedflow.prefect.api import ACTIVE, OUTAGE, cancel, find_runs, read_runs, run_tag, taker, training_tag
 from fedflow.prefect.pace import Pace
@@ -36,38 +38,74 @@ from fedflow.store.journal import Journal
 from fedflow.store.records import Attempt, Closing, Opening, Plan, utc_now
 from fedflow.types import SiteId
 
-__all__ = ["SITE_FLOW", "Collector", "Origin", "Watched", "at_work", "send"]
+__all__ = ["AGGREGATION_FLOW", "OVER", "SITE_FLOW", "Collector", "Origin", "Watched", "at_work", "send", "send_share"]
 
 SITE_FLOW = "fedflow-site"
 """Name of the flow that runs at a site; each site has one deployment of it, named like the site."""
+
+AGGREGATION_FLOW = "fedflow-aggregation"
+"""Name of the flow that does a share of an aggregation; sites and regional aggregators have one deployment of it each."""
 
 STORE_PATIENCE = timedelta(minutes=10)
 """How long after its deadline a round waits for a store that does not answer."""
 
 
 def send(
-    client: SyncPrefectClient, journal: Journal, plan: Plan, opening: Opening, site: SiteId, attempt: int, of: Origin
+    client: SyncPrefectClient,
+    journal: Journal,
+    plan: Plan,
+    opening: Opening,
+    site: SiteId,
+    attempt: int,
+    of: Origin,
+    after: str | None = None,
 ) -> UUID:
-    """Have `site` start attempt `attempt`; its flow run's id. Journalled first, and sent once however often it is called."""
+    """Have `site` start attempt `attempt`; its flow run's id. Journalled first, and sent once however often it is called.
+
+    after: its update that counts in this round, with attempt 0: it is asked for another one
+    """
     key = f"{plan.nonce}/{plan.round}/{opening.number}/{plan.phase}/{site}/{attempt}"
     journal.put_attempt(plan, Attempt(opening=opening.number, site=site, attempt=attempt, key=key, at=utc_now()))
+    given = {"opening": opening.number, "attempt": attempt, "site": site, **({"after": after} if after else {})}
+    return _start(client, plan, SITE_FLOW, site, f"{site}{_again(attempt)}", key, given, f"site:{site}", of)
+
+
+def send_share(
+    client: SyncPrefectClient, journal: Journal, plan: Plan, opening: int, share: Share, number: int, of: Origin
+) -> tuple[str, UUID]:
+    """Have the workplace whose turn it is do `share`, for the `number`-th time (from 1) that it is sent; the workplace, and its flow run's
+    id. Journalled first, and sent once however often it is called."""
+    workplace = share.workplaces[(number - 1) % len(share.workplaces)]
+    key = f"{plan.nonce}/{plan.round}/{plan.phase}/{share.key}/{number}"
+    noted = Attempt(opening=opening, site=workplace, attempt=number, key=key, at=utc_now())
+    workplace = journal.put_delegation(plan, share.key, noted).site
+    given = {"opening": opening, "share": share.name, "workplace": workplace}
+    name, tag = f"{share.name} at {workplace}{_again(number)}", f"workplace:{workplace}"
+    return workplace, _start(client, plan, AGGREGATION_FLOW, workplace, name, key, given, tag, of)
+
+
+def _start(
+    client: SyncPrefectClient,
+    plan: Plan,
+    flow: str,
+    workplace: str,
+    name: str,
+    key: str,
+    given: Mapping[str, Any],
+    tag: str,
+    of: Origin,
+) -> UUID:
+    """A flow run of the deployment of `flow` at `workplace`, or the one that was started under that key."""
     parent = client.create_task_run(
-        _stand_in(site), of.round, key, name=f"{site}{_again(attempt)}", state=Pending(), task_inputs={}
+        _stand_in(flow, workplace), of.round, key, name=name, state=Pending(), task_inputs={}
     )
     for fresh in (False, True):
         try:
             run = client.create_flow_run_from_deployment(
-                _deployment(client, site, fresh),
-                parameters={
-                    "run": plan.run,
-                    "round": plan.round,
-                    "phase": plan.phase,
-                    "opening": opening.number,
-                    "attempt": attempt,
-                    "site": site,
-                },
-                name=f"{plan.run} · round {plan.round:03d} · {site}{_again(attempt)}",
-                tags=["fedflow", run_tag(plan.nonce), training_tag(of.training), f"round:{plan.round}", f"site:{site}"],
+                _deployment(client, flow, workplace, fresh),
+                parameters={"run": plan.run, "round": plan.round, "phase": plan.phase, **given},
+                name=f"{plan.run} · round {plan.round:03d} · {name}",
+                tags=["fedflow", run_tag(plan.nonce), training_tag(of.training), f"round:{plan.round}", tag],
                 idempotency_key=key,
                 parent_task_run_id=parent.id,
             )
@@ -79,29 +117,30 @@ def send(
 
 
 def _again(attempt: int) -> str:
-    return f" · attempt {attempt}" if attempt > 1 else ""
+    return f" · attempt {attempt}" if attempt > 1 else "" if attempt else " · again"
 
 
-def _stand_in(site: SiteId) -> Task[..., None]:
+def _stand_in(flow: str, workplace: str) -> Task[..., None]:
     """What stands for a site's flow run among the tasks of its round: so the UI shows it there, with its state."""
-    task = Task(name=f"{SITE_FLOW}/{site}", fn=lambda: None)
-    task.task_key = f"{SITE_FLOW}/{site}"
+    task = Task(name=f"{flow}/{workplace}", fn=lambda: None)
+    task.task_key = f"{flow}/{workplace}"
     return task
 
 
-_deployments: dict[tuple[str, SiteId], UUID] = {}
-"""API and site -> its deployment, as it was looked up."""
+_deployments: dict[tuple[str, str], UUID] = {}
+"""API and name -> the deployment, as it was looked up."""
 
 
-def _deployment(client: SyncPrefectClient, site: SiteId, fresh: bool) -> UUID:
-    """The site's deployment. Raises SiteError where it has none."""
-    key = (str(client.api_url), site)
+def _deployment(client: SyncPrefectClient, flow: str, workplace: str, fresh: bool) -> UUID:
+    """The deployment of `flow` at `workplace`. Raises SiteError where there is none."""
+    name = f"{flow}/{workplace}"
+    key = (str(client.api_url), name)
     if fresh or key not in _deployments:
         try:
-            _deployments[key] = client.read_deployment_by_name(f"{SITE_FLOW}/{site}").id
+            _deployments[key] = client.read_deployment_by_name(name).id
         except ObjectNotFound as error:
-            missing = f"no deployment {SITE_FLOW}/{site}; run `fedflow deploy` with the federation file"
-            raise SiteError(missing, site=site) from error
+            missing = f"no deployment {name}; run `fedflow deploy` with the federation file"
+            raise SiteError(missing, site=workplace) from error
     return _deployments[key]
 
 
@@ -161,6 +200,7 @@ class Collector:
     quorum_since: datetime | None = None
     surveyed: float = 0.0
     over: set[UUID] = field(default_factory=set)
+    again: set[SiteId] = field(default_factory=set)
     outage: bool = False
 
     def run(self) -> Closing:
@@ -172,6 +212,7 @@ class Collector:
                 if why := self._may_close():
                     missing = self.missing()
                     return close_round(self.journal, self.plan, self.opening, self.found, why=why, missing=missing)
+                self._ask_again()
             except StoreUnavailable as error:
                 if utc_now() >= self.opening.deadline + STORE_PATIENCE:
                     raise
@@ -207,8 +248,8 @@ class Collector:
         if self.outage:
             self.log.info("the Prefect API answers again")
         self.outage = False
-        self.over |= {i for i, r in runs.items() if r.state_type in _OVER}
-        return {open_runs[i]: r for i, r in runs.items() if r.state_type in _OVER}
+        self.over |= {i for i, r in runs.items() if r.state_type in OVER}
+        return {open_runs[i]: r for i, r in runs.items() if r.state_type in OVER}
 
     def _survey(self, sites: list[SiteId]) -> None:
         before = self.found
@@ -263,6 +304,19 @@ class Collector:
                 self.sites[site] = Watched(watched.attempt + 1, run)
                 self.log.info("%s: attempt %d sent", site, watched.attempt + 1)
 
+    def _ask_again(self) -> None:
+        """Where the plan says so: another update of each site whose update counts, while the round waits for others."""
+        for site, counted in self.found.accepted.items() if self.plan.again else ():
+            if site in self.again:
+                continue
+            try:
+                send(self.client, self.journal, self.plan, self.opening, site, 0, self.origin, after=counted.update)
+            except (StoreUnavailable, *OUTAGE):
+                continue
+            except SiteError as error:
+                self.log.warning("%s is not asked again: %s", site, error.reason)
+            self.again.add(site)
+
     def _may_close(self) -> str | None:
         gone = [s for s, w in self.sites.items() if w.gone is not None]
         grace = self.recipe.durations.quorum_grace
@@ -299,4 +353,4 @@ class Collector:
             return []
 
 
-_OVER = (StateType.COMPLETED, StateType.FAILED, StateType.CRASHED, StateType.CANCELLED)
+OVER = (StateType.COMPLETED, StateType.FAILED, StateType.CRASHED, StateType.CANCELLED)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from pydantic import BaseModel
 
+import fedflow.flows.aggregation
 import fedflow.flows.site  # noqa: F401
 from fedflow.engine.forks import threads
 from fedflow.errors import FedflowError

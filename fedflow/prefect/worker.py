@@ -252,10 +252,13 @@ class SiteWorker(FlowWorker):
     """A site's worker."""
 
     type = "fedflow-site"
-    flows: ClassVar[dict[str, str]] = {"fedflow-site": "fedflow.flows.site:local_training"}
+    flows: ClassVar[dict[str, str]] = {
+        "fedflow-site": "fedflow.flows.site:local_training",
+        "fedflow-aggregation": "fedflow.flows.aggregation:aggregation",
+    }
     preload: ClassVar[str] = "fedflow.prefect.warm_site"
     runs: ClassVar[str] = "fedflow.prefect.worker:run_at_site"
-    _description = "Runs fedflow's local training, as installed at this site, and nothing else."
+    _description = "Runs fedflow's local training and aggregation, as installed at this site, and nothing else."
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.config = SiteConfig.here()
@@ -266,8 +269,8 @@ class SiteWorker(FlowWorker):
         return ForkServer([self.preload], self.config.start, later=["torch._dynamo"])  # what torch.optim imports
 
     def registered(self) -> dict[str, str]:
-        """The site's own flow, where its configuration names one, in place of fedflow's."""
-        return {name: self.config.flow or target for name, target in self.flows.items()}
+        """The site's own flow, where its configuration names one, in place of fedflow's training."""
+        return self.flows | ({"fedflow-site": self.config.flow} if self.config.flow else {})
 
     def too_large(self, child: Child) -> str | None:
         limit = self.config.memory_limit

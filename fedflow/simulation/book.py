@@ -25,17 +25,20 @@ class Entry:
     last_round: int | None = None
     seconds: float | None = None
     failures: int = 0
+    steps: int | None = None
 
     def view(self) -> SiteView:
         """The same for a schedule."""
-        return SiteView(online=True, last_round=self.last_round, seconds=self.seconds, failures=self.failures)
+        return SiteView(
+            online=True, last_round=self.last_round, seconds=self.seconds, failures=self.failures, steps=self.steps
+        )
 
 
 _TABLES = """
 create table if not exists runs (run text primary key, nonce text not null, step integer not null);
 create table if not exists sites (
     run text not null, site text not null, step integer not null, last_round integer, seconds real, failures integer not null,
-    primary key (run, site, step)
+    steps integer, primary key (run, site, step)
 ) without rowid;
 create table if not exists states (
     run text not null, site text not null, step integer not null, plain text not null, tensors blob not null,
@@ -102,7 +105,7 @@ class SiteBook:
         """What is known of every site that ever took part."""
         with self._lock:
             rows = self._file.execute(
-                "select site, max(step), last_round, seconds, failures from sites where run = ? group by site",
+                "select site, max(step), last_round, seconds, failures, steps from sites where run = ? group by site",
                 (self.run,),
             ).fetchall()
         return {site: Entry(*rest) for site, *rest in rows}
@@ -134,8 +137,8 @@ class SiteBook:
         """
         with self._transaction(self._sync):
             self._file.executemany(
-                "insert or replace into sites values (?, ?, ?, ?, ?, ?)",
-                [(self.run, s, step, e.last_round, e.seconds, e.failures) for s, e in entries.items()],
+                "insert or replace into sites values (?, ?, ?, ?, ?, ?, ?)",
+                [(self.run, s, step, e.last_round, e.seconds, e.failures, e.steps) for s, e in entries.items()],
             )
             for table in ("sites", "states") if self._remembers else ("sites",):
                 newest = f"select max(step) from {table} where run = :run and site = :site and step <= :committed"

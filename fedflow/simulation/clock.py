@@ -59,7 +59,7 @@ class Flight:
     """An attempt of a site.
 
     base:    the round whose broadcast it starts from
-    attempt: which one it is in the opening that it is looked at in; 0: it began in an earlier one
+    attempt: which one it is in the opening that it is looked at in; 0: it began in an earlier one, or after an update that counts
     begins:  when; until: when its update is there, or when it is known to have failed; None = the site is not heard of again
     failed:  why there is no update then
     seconds: that it takes; overrides: of its task
@@ -151,11 +151,12 @@ class Clock:
         quorum: int,
         bases: Sequence[int],
         carry: bool,
+        again: bool = False,
     ) -> Held:
         """Open `step` now and hold it until it may close; `now` is then its closing.
 
         absent: site -> why it is not asked, which is passed on; quorum: the plan's; bases: rounds whose updates count;
-        carry: whether work under way goes on after the closing
+        carry: whether work under way goes on after the closing; again: whether a site that answered is asked again before it
         Raises QuorumLost where the round cannot be committed, RoundError where the run's time is over.
         """
         if self._ends is not None and self.now >= self._ends:
@@ -173,9 +174,31 @@ class Clock:
             raise quorum_lost(len(answered), opening.quorum, opening.required, missing, run=self.run, round=step.round)
         courses = {site: [flight] for site, flight in self.flights.items()} | courses
         under_way = {s: f for s, course in courses.items() for f in course if _under_way(f, closed)}
+        if again:
+            under_way |= self._again(answered, step, asked, opening, closed)
         self.flights = {s: f for s, f in under_way.items() if carry and f.base in bases}
         self.now = closed
         return Held(opening.opened, closed, answered, missing)
+
+    def _again(
+        self,
+        answered: Mapping[SiteId, Flight],
+        step: Step,
+        asked: Mapping[SiteId, Work],
+        opening: Opening,
+        closed: datetime,
+    ) -> dict[SiteId, Flight]:
+        """What sites begin whose update came before the closing: under way then, or done and not counted yet."""
+        found = {}
+        for site, flight in answered.items():
+            assert flight.until
+            at = max(flight.until, opening.opened)
+            if at < closed:
+                work = replace(asked[site], overrides={**asked[site].overrides, "again": 1})
+                begun = self._attempt(site, step, work, opening, 0, at)
+                if begun.begins <= closed and not (begun.failed and begun.ended(closed)):
+                    found[site] = begun
+        return found
 
     def _why_missing(self, last: Flight, opening: Opening, closed: datetime) -> str:
         failed = last.failed if last.ended(closed) else None

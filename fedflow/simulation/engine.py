@@ -185,6 +185,8 @@ class Simulation:
         self._values = key_metrics(self.journal, self.recipe)
         self._clock = Clock.of(self.journal, self.recipe, head)
         self._lateness: tuple[Literal["drop", "carry"], int] = ("drop", 0)
+        self._asks_again = False
+        self._regions: Mapping[str, Sequence[SiteId]] = {}
         self._broadcasts: dict[int, Phase] = {}  # of earlier rounds, from which sites are still at work
         needed = bool(algorithm.SiteState.__dataclass_fields__) and not algorithm.renewable
         number = self._number(head.round, head.phase)
@@ -229,9 +231,10 @@ class Simulation:
         while True:
             absent = clock.offline(self._everyone) | self._absent if clock else self._absent
             view = _View(self._everyone, self._entries, absent, clock.flights if clock else {})
-            wanted = self.recipe.schedule.plan(step.round, view, self.recipe.seed)
-            self._lateness = lateness(self.recipe, wanted)
             try:
+                wanted = self.recipe.schedule.plan(step.round, view, self.recipe.seed)
+                self._lateness, self._regions = lateness(self.recipe, wanted), wanted.regions
+                self._asks_again = wanted.again and self._lateness[0] == "carry" and self._lateness[1] > 0
                 return self._checked(step, wanted.tasks, wanted.quorum, absent)
             except QuorumLost:
                 if clock is None or not clock.wait([s for s in self._everyone if s not in self._absent], since):
@@ -253,6 +256,7 @@ class Simulation:
         first = self.algorithm.phases[0]
         plan = self.journal.plan(step.round, first) if step.phase != first else None
         tasks = plan.tasks if plan else {}
+        self._regions = plan.regions if plan else {}
         return {site: SiteTask(task.steps, task.overrides) for site, task in tasks.items()}, plan.quorum if plan else 0
 
     # -- one phase
@@ -287,7 +291,9 @@ class Simulation:
         works = {s: Work(self._steps(s, task), done.received, up, task.settings) for s, task in chosen.items()}
         away = self._clock.offline(s for s in self._everyone if s not in chosen and s not in self._absent)
         bases = range(phase.round - back, phase.round + 1)
-        held = self._clock.hold(done.step, works, away, quorum=quorum, bases=bases, carry=late == "carry")
+        held = self._clock.hold(
+            done.step, works, away, quorum=quorum, bases=bases, carry=late == "carry", again=self._asks_again
+        )
         done.opened, done.closed, done.excluded = held.opened, held.closed, dict(held.missing)
         done.flights = dict(self._clock.flights)
         return self._counted(held.answered, phase)
@@ -341,6 +347,10 @@ class Simulation:
         """What the algorithm makes of the updates, and in which context. Raises QuorumLost where they are too few."""
         algorithm, step = self.algorithm, done.step
         context = RoundContext.at(self.recipe.seed, self.journal.run, step.round, step.phase, None, len(self._everyone))
+        if self._regions:
+            averager = self._by_region(answers, done)
+            self._check_quorum(done, quorum)
+            return averager.aggregate(), context
         if algorithm.averages and not algorithm.measures:
             averager = self._averaged(answers, done)
             self._check_quorum(done, quorum)
@@ -383,6 +393,18 @@ class Simulation:
                     update = replace(update, tensors=copied(update.tensors))
                 averager.add(update, weight)
         return averager
+
+    def _by_region(self, answers: Iterator[Answers], done: _Done) -> Averager:
+        """The updates that count, those of a region summed up apart, as its aggregator does."""
+        regions = {site: region for region, sites in self._regions.items() for site in sites}
+        averagers: dict[str | None, Averager] = {None: Averager()}
+        for _, read in self._decoded(answers, done):
+            averager = averagers.setdefault(regions.get(read.site), Averager())
+            averager.add(read, self.algorithm.weight(read))
+        whole = averagers.pop(None)
+        for _, averager in sorted(averagers.items()):
+            whole.add_partial(averager.partial())
+        return whole
 
     def _decoded(self, answers: Iterator[Answers], done: _Done) -> Iterator[tuple[Update, Update]]:
         """The updates that count, as they were sent and as the algorithm reads them, in memory of their own."""
@@ -433,7 +455,8 @@ class Simulation:
     def _note(self, done: _Done) -> None:
         """What the phase says of its sites."""
         for site, answer in done.contributors.items():
-            done.entries[site] = Entry(done.number, done.step.round, answer.seconds)
+            steps = answer.update.steps if answer.update else None
+            done.entries[site] = Entry(done.number, done.step.round, answer.seconds, steps=steps)
         for site in (*self._absent, *done.excluded):
             before = self._entries.get(site, Entry(done.number))
             done.entries[site] = replace(before, step=done.number, failures=before.failures + 1)
@@ -455,6 +478,7 @@ class Simulation:
             late="drop",
             amendments=len(self.journal.amendments()),
             num_sites=len(self._everyone),
+            regions={region: list(sites) for region, sites in self._regions.items()},
         )
 
     # -- commits, written by another thread

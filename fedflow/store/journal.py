@@ -5,6 +5,7 @@ public/<run>/objects/        what sites may see
 server/<run>/rounds/<r>/<phase>/{attempts/…, manifest.json}, rounds/<r>/evaluation.json, initial/manifest.json
 server/<run>/objects/        what they may not
 sites/<site>/<run>/<r>/<phase>/<digest>.{json,safetensors}
+sites/<workplace>/<run>/{aggregated,objects}/<digest>.{json,safetensors}   what is aggregated there
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from fedflow.store.records import (
     Opening,
     Outcome,
     Plan,
+    Reduced,
     RunRecord,
     _Record,
 )
@@ -124,6 +126,33 @@ class Journal:
 
     def attempts(self, plan: Plan) -> list[Attempt]:
         return self._read_all(f"{self._server_step(plan.round, plan.phase)}/attempts", Attempt)
+
+    # -- aggregations elsewhere than at the coordinator
+    def put_delegation(self, plan: Plan, part: str, attempt: Attempt) -> Attempt:
+        """Note, before it is sent, whom the aggregation of `part` is sent to next."""
+        return self._create(f"{self._delegations(plan, part)}/{attempt.attempt:05d}.json", attempt)
+
+    def delegations(self, plan: Plan, part: str) -> list[Attempt]:
+        return sorted(self._read_all(self._delegations(plan, part), Attempt), key=lambda a: a.attempt)
+
+    def _delegations(self, plan: Plan, part: str) -> str:
+        return f"{self._server_step(plan.round, plan.phase)}/delegations/{part}"
+
+    def workshop(self, workplace: str) -> str:
+        """The prefix of what aggregations at a site, or at a regional aggregator, write."""
+        return f"sites/{workplace}/{self.run}"
+
+    def put_reduced(self, reduced: Reduced) -> Reduced:
+        return self._create(self._reduced(reduced.workplace, reduced.of), reduced)
+
+    def reduced(self, workplace: str, of: str) -> Reduced | None:
+        """What an aggregation came to; None where there is nothing, or nothing that can be read."""
+        with contextlib.suppress(ObjectCorrupt):
+            return self._read(self._reduced(workplace, of), Reduced)
+        return None
+
+    def _reduced(self, workplace: str, of: str) -> str:
+        return f"{self.workshop(workplace)}/aggregated/{of.partition(':')[2]}.json"
 
     # -- what the sites say
     def put_failure(self, failure: Failure) -> Failure:

@@ -27,6 +27,7 @@ __all__ = [
     "Opening",
     "Outcome",
     "Plan",
+    "Reduced",
     "RunRecord",
     "SiteRecord",
     "SiteStateRecord",
@@ -126,6 +127,9 @@ class Plan(_Record):
     absent:    site -> why it was not asked
     quorum:    updates that close the round, unless the recipe says otherwise at an opening
     accept_bases: rounds whose updates count
+    again:     whether a site whose update came is asked for another one, to count in a later round
+    aggregators: sites at which it is aggregated, in the order in which the role passes on; none: at the coordinator
+    regions:   regional aggregator -> sites whose updates it sums up
     """
 
     run: str
@@ -141,6 +145,9 @@ class Plan(_Record):
     late: Literal["drop", "carry"]
     amendments: int
     num_sites: int
+    again: bool = False
+    aggregators: list[SiteId] = []
+    regions: dict[str, list[SiteId]] = {}
 
 
 class Opening(_Record):
@@ -160,7 +167,10 @@ class Opening(_Record):
 
 
 class Attempt(_Record):
-    """`…/attempts/<opening>.<site>.<attempt>.json`: a dispatch, journalled before it happens. key: its idempotency key."""
+    """`…/attempts/<opening>.<site>.<attempt>.json`: a dispatch, journalled before it happens. key: its idempotency key.
+
+    attempt: 0 where the site is asked again, after an update that counts
+    """
 
     opening: int
     site: SiteId
@@ -283,13 +293,39 @@ class SiteStateRecord(_Record):
         return [*self.state.tensors.values(), *training]
 
 
+class Reduced(_Record):
+    """`sites/<workplace>/<run>/aggregated/<of>.json`: what an aggregation came to that did not run at the coordinator.
+
+    of:      digest of what determines it, by which it is named
+    invalid: site -> why its update cannot count; then there is nothing else
+    sums, weights: of a region's updates: group -> object with Σ wᵢ·tᵢ in float64, and group -> name -> Σ wᵢ
+    state, model, broadcast, model_digest: of a whole phase, as its manifest will name them
+    """
+
+    workplace: str
+    of: str
+    invalid: dict[SiteId, str] = {}
+    sums: dict[str, ObjectRef] = {}
+    weights: dict[str, dict[str, float]] = {}
+    state: StateRecord = StateRecord()
+    model: dict[str, ObjectRef] = {}
+    broadcast: dict[str, ObjectRef] = {}
+    model_digest: str = ""
+    seconds: float = 0.0
+
+    def objects(self) -> list[ObjectRef]:
+        """Every object that it names."""
+        return [*self.sums.values(), *self.state.tensors.values(), *self.model.values(), *self.broadcast.values()]
+
+
 class SiteRecord(_Record):
-    """What the server remembers of a site. accepted: digest of its last accepted update."""
+    """What the server remembers of a site. accepted: digest of its last accepted update, which took seconds and steps."""
 
     accepted: str | None = None
     last_round: int | None = None
     seconds: float | None = None
     failures: int = 0
+    steps: int | None = None
 
 
 class ContributorSummary(_Record):
@@ -319,6 +355,7 @@ class Manifest(_Record):
     partial:    "group/name" -> sites that sent it, where not all did
     state:      S; model: the global model by group; broadcast: what the next phase's sites receive
     sites:      every site that ever took part
+    aggregator: site at which it was aggregated; None: at the coordinator
     """
 
     format: Literal[1] = 1
@@ -341,6 +378,7 @@ class Manifest(_Record):
     sites: dict[SiteId, SiteRecord] = {}
     opened: datetime | None = None
     committed: datetime
+    aggregator: SiteId | None = None
     seconds: float = 0.0  # of the aggregation alone; the round took from `opened` to `committed`
 
     @cached_property

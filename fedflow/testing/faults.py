@@ -45,6 +45,9 @@ Step = Literal[
     "update manifest",
     "closing",
     "server objects",  # of aggregation
+    "delegation",  # the journal entry that goes before an aggregation is sent elsewhere
+    "workplace objects",  # of an aggregation at a site or a region
+    "workplace record",
     "manifest",  # the commit
     "evaluation",
 ]
@@ -224,6 +227,9 @@ def fail_at(
         "update manifest": rf"sites/{name}/[^/]+/{number}/[^/]+/{digest}\.json$",
         "closing": rf"{public}/closed/\d+(\.\d+)?\.json$",
         "server objects": rf"(public|server)/[^/]+/objects/{digest}",
+        "delegation": rf"{server}/[^/]+/delegations/[^/]+/\d+\.json$",
+        "workplace objects": rf"sites/{name}/[^/]+/objects/{digest}",
+        "workplace record": rf"sites/{name}/[^/]+/aggregated/{digest}\.json$",
         "manifest": rf"{server}/[^/]+/manifest\.json$",
         "evaluation": rf"{server}/evaluation\.json$",
     }

@@ -11,10 +11,23 @@ import torch
 from torch import Tensor, nn
 
 from fedflow.algorithms import FedBuff
-from fedflow.engine.rounds import amend_run, next_step, open_round, survey
+from fedflow.engine.rounds import (
+    amend_run,
+    close_round,
+    commit_round,
+    next_step,
+    open_round,
+    start_run,
+    survey,
+)
+from fedflow.engine.site import SiteWork, site_step
 from fedflow.errors import RecipeError
 from fedflow.local.model import model_groups
+from fedflow.recipe import SiteConfig
+from fedflow.simulation.clock import EPOCH
 from fedflow.simulation.engine import simulate as simulate_on
+from fedflow.store.journal import Journal
+from fedflow.store.objects import ObjectStore
 from fedflow.testing.algorithm import AlgorithmConformance
 from fedflow.types import Update
 from tests.algorithms.playing import aggregated
@@ -65,7 +78,8 @@ def test_with_all_in_the_buffer_and_nobody_late_it_is_fedavg_with_uniform_weight
 
 def test_late_updates_count_by_their_age_in_simulated_time_and_in_the_store_alike(tmp_path: Path) -> None:
     """Sites take 1, 1.5 and 4 s, two updates are a round: site 3's of round 0 counts in round 2, two rounds old, with 1/√3."""
-    terms = {**BUFFERED, "training": {"steps": 2, "batch_size": 4, "optimizer": {"lr": 0.1}}}
+    schedule = {"kind": "buffered", "size": 2, "ask_again": False}
+    terms = {**BUFFERED, "schedule": schedule, "training": {"steps": 2, "batch_size": 4, "optimizer": {"lr": 0.1}}}
     timeouts = {"round_deadline": 60, "quorum_grace": 0}
     found = simulate_on(recipe(rounds=4, timeouts=timeouts, **terms), SITES, backend="debug", trace=table(1, 1.5, 4))
     bases = [{site: c.base_round for site, c in m.contributors.items()} for m in manifests(found)]
@@ -81,6 +95,52 @@ def test_late_updates_count_by_their_age_in_simulated_time_and_in_the_store_alik
         {"site-1": 1.0, "site-2": pytest.approx(1 / math.sqrt(2))},
     ]
     assert bits(found) == bits(deployed([sorted(round.items()) for round in bases], tmp_path, **terms))
+
+
+def test_a_site_that_finished_early_is_asked_again_within_the_round(tmp_path: Path) -> None:
+    """Sites take 1, 3 and 100 s, two updates are a round. Site 1 makes its first update in second 1 and another, from the same model, by
+    second 2; round 0 closes in second 3 with site 2's, and round 1 as soon as site 2 has made one more, in second 6, with site 1's second
+    one: one round old. In that round site 1, whose update was there at its opening, is asked again at once."""
+    terms = {**BUFFERED, "training": {"steps": 2, "batch_size": 4, "optimizer": {"lr": 0.1}}}
+    for algorithm in ("fedbuff", {"kind": "diloco", "local_steps_per_round": 2}):
+        fields = terms | {"algorithm": algorithm}
+        timeouts = {"round_deadline": 600, "quorum_grace": 0}
+        found = simulate_on(
+            recipe(rounds=4, timeouts=timeouts, **fields), SITES, backend="debug", trace=table(1, 3, 100)
+        )
+        bases = [{site: c.base_round for site, c in m.contributors.items()} for m in manifests(found)]
+        assert bases == [
+            {"site-1": 0, "site-2": 0},
+            {"site-1": 0, "site-2": 1},
+            {"site-1": 1, "site-2": 2},
+            {"site-1": 2, "site-2": 3},
+        ]
+        assert [(m.committed - EPOCH).total_seconds() for m in manifests(found)] == [3, 6, 9, 12]
+        folder = tmp_path / str(found.recipe().algorithm.kind)
+        arrive = [
+            [("site-1", 0, False), ("site-2", 0, False), ("site-1", 0, True)],
+            *([("site-2", r, False), ("site-1", r, True)] for r in (1, 2, 3)),
+        ]
+        assert bits(found) == bits(answered(arrive, folder, **fields))
+
+
+def answered(rounds: list[list[tuple[str, int, bool]]], folder: Path, **fields: Any) -> Journal:
+    """What the coordinator's functions make of updates in this order. rounds: of each, (site, base, whether it was asked again)."""
+    store = ObjectStore(str(folder / "store"))
+    journal = start_run(store, "run", recipe(rounds=len(rounds), **fields), SITES)
+    for arriving in rounds:
+        step = next_step(journal, journal.recipe())
+        assert step
+        plan, opening = open_round(journal, step)
+        for site, base, again in arriving:
+            counted = survey(journal, plan).accepted.get(site)
+            assert plan.again and (counted is not None) == again
+            config = SiteConfig(name=site, store=store.url, state=str(folder / site))
+            work = SiteWork("run", base, step.phase, after=counted.update if counted else None)
+            assert site_step(work, config, unhurried=True) == site_step(work, config, unhurried=True)
+        commit_round(journal, plan, close_round(journal, plan, opening, survey(journal, plan), why="as told"))
+    assert len({c.update for m in manifests(journal) for c in m.contributors.values()}) == 2 * len(rounds)
+    return journal
 
 
 def test_an_update_that_counted_some_rounds_ago_is_not_looked_at_again(tmp_path: Path) -> None:

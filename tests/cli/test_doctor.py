@@ -66,6 +66,6 @@ def test_server_before_and_after_a_deployment(project: Project, prefect_api: Pre
 
     deployed = project.shell("deploy", "federation.yaml", "--store", "store", PREFECT_API_URL=prefect_api.url)
     assert deployed.code == 0, deployed
-    assert [name.rpartition("/")[2] for name in deployed.out.split()] == ["federation", "federation", *SITES]
+    assert [name.rpartition("/")[2] for name in deployed.out.split()] == ["federation", "federation", *SITES, *SITES]
     after = project.shell("doctor", "recipe.yaml", PREFECT_API_URL=prefect_api.url)
     assert "no worker on work pool 'site-1'" in lines(after)["worker of site-1"][1]

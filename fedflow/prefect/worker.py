@@ -9,12 +9,14 @@ no event stream: whoever reads it sees other sites' events too.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import math
 import os
 import signal
 import sys
 import time
+from base64 import b64encode
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from email.utils import parsedate_to_datetime
 from functools import partial
@@ -33,7 +35,9 @@ from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.events import emit_event
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import (
+    PREFECT_API_AUTH_STRING,
     PREFECT_CLIENT_CSRF_SUPPORT_ENABLED,
+    PREFECT_CLIENT_CUSTOM_HEADERS,
     PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
     PREFECT_WORKER_QUERY_SECONDS,
     temporary_settings,
@@ -134,6 +138,7 @@ class FlowWorker(private.FlowWorkerBase):
                 await self._ended(load(flows[name]), seen, None, None)
             else:
                 await self.crashed(seen, "its process was lost")
+        self.forget(flow_run)
 
     async def _compare_clocks(self) -> None:
         """Say where this machine's clock is wrong: a store refuses its requests, and work seems to lie in the future."""
@@ -354,9 +359,19 @@ def command(pool: str, name: str, worker_type: str) -> list[str]:
 
 
 def environment(config: SiteConfig, path: Path) -> dict[str, str]:
-    """What a site's worker needs in its environment besides the caller's own."""
-    api = {"PREFECT_API_URL": config.api_url} if config.api_url else {}
-    return {SiteConfig.environment_variable: str(path.resolve()), **api}
+    """What a site's worker needs in its environment besides the caller's own.
+
+    A proxy in front of the API is told the credential with websockets too, where Prefect's client says it to the API only.
+    """
+    found = {SiteConfig.environment_variable: str(path.resolve())}
+    if config.api_url:
+        found["PREFECT_API_URL"] = config.api_url
+    if credential := PREFECT_API_AUTH_STRING.value():
+        basic = f"Basic {b64encode(credential.encode()).decode()}"
+        found["PREFECT_CLIENT_CUSTOM_HEADERS"] = json.dumps(
+            {"Authorization": basic, **PREFECT_CLIENT_CUSTOM_HEADERS.value()}
+        )
+    return found
 
 
 def start(config: SiteConfig, path: Path) -> None:

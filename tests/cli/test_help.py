@@ -27,6 +27,7 @@ COMMANDS = [
         "init",
         "ui",
         "deploy",
+        "gate",
         "doctor",
         "sites",
     ),

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
-from base64 import b64encode
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import fedflow
 from tests.servers import PrefectServer, Server, free_port
 
 FILES = Path(fedflow.__file__).parent / "deployments"  # in the package: a wheel brings them along
+PAGE = Path(__file__).parents[1] / "docs" / "deployment.md"
 SITES = ("hospital-a", "hospital-b", "hospital-c")
 SECRET = "a-secret"
 
@@ -103,24 +104,23 @@ class Gate(Server):
 
 
 class Proxy(Server):
-    """nginx with the file that is deployed, on free ports; with certificate and credentials made as the page says.
+    """nginx with the file that is deployed, on free ports; with credentials made by the commands of docs/deployment.md.
 
     keys: site -> what follows its name and a colon in its credential
     """
 
     def __init__(
-        self, directory: Path, prefect: PrefectServer, gate: Gate, store: ComposeStore, keys: Mapping[str, str]
+        self, directory: Path, prefect: PrefectServer, gate: Gate, store: ComposeStore, sites: Sequence[str]
     ) -> None:
         self.authority = directory / "ca.pem"
         self._certificate(directory / "tls")
-        secrets = directory / "secrets"
-        secrets.mkdir()
-        _write_credentials(secrets, prefect.env["PREFECT_API_AUTH_STRING"], keys)
+        self.keys = _made_credentials(directory, prefect.env["PREFECT_API_AUTH_STRING"], sites)
         ports = {port: free_port() for port in (80, 443, 8333, 8080)}
         changed = {
             **{f"listen {port}": f"listen 127.0.0.1:{ports[port]}" for port in (80, 443, 8333)},
             "listen 127.0.0.1:8080": f"listen 127.0.0.1:{ports[8080]}",
-            "/etc/nginx": str(directory),
+            "/etc/nginx/secrets": str(directory / "secrets" / "proxy"),
+            "/etc/nginx/tls": str(directory / "tls"),
             "/var/run/nginx.pid": str(directory / "nginx.pid"),
             "/dev/stderr": "stderr",
             "    resolver 127.0.0.11 valid=10s ipv6=off;\n": _folders(directory),
@@ -162,21 +162,26 @@ class Proxy(Server):
         ]
         authority, key = str(self.authority), str(self.authority.with_name("ca.key"))
         extension = ["-addext", "basicConstraints=critical,CA:TRUE", "-addext", "keyUsage=keyCertSign"]
-        _openssl([*new, "-subj", "/CN=authority", "-keyout", key, "-out", authority, *extension])
+        _run([*new, "-subj", "/CN=authority", "-keyout", key, "-out", authority, *extension], folder)
         files = ["-keyout", str(folder / "privkey.pem"), "-out", str(folder / "fullchain.pem")]
         extension = ["-addext", "subjectAltName=IP:127.0.0.1", "-addext", "basicConstraints=critical,CA:FALSE"]
-        _openssl([*new, "-CA", authority, "-CAkey", key, "-subj", "/CN=127.0.0.1", *files, *extension])
+        _run([*new, "-CA", authority, "-CAkey", key, "-subj", "/CN=127.0.0.1", *files, *extension], folder)
 
 
-def _write_credentials(folder: Path, api: str, keys: Mapping[str, str]) -> None:
-    basic = b64encode(api.encode()).decode()
-    (folder / "api.conf").write_text(f'map "" $api_credential {{ default "Basic {basic}"; }}\n')
-    lines = [f"{site}:{_openssl(['openssl', 'passwd', '-apr1', key])}" for site, key in keys.items()]
-    (folder / "sites.htpasswd").write_text("".join(lines))
+def _made_credentials(folder: Path, api: str, sites: Sequence[str]) -> dict[str, str]:
+    """By the page's own commands, for the server and for each site; site -> its key."""
+    page = PAGE.read_text()
+    (server,) = re.findall(r"^\(\. \./\.env;.*?^\s.*?> secrets/proxy/api\.conf$", page, flags=re.M | re.S)
+    (site,) = re.findall(r"^key=.*?(?=```)", page, flags=re.M | re.S)
+    (folder / "secrets" / "proxy").mkdir(parents=True)
+    (folder / ".env").write_text(f"PREFECT_API_AUTH_STRING={api}\n")
+    _run(["bash", "-euc", server], folder)
+    printed = [_run(["bash", "-euc", site.replace("hospital-a", name)], folder) for name in sites]
+    return dict(line.partition("=")[2].strip().split(":") for line in printed)
 
 
-def _openssl(command: Sequence[str]) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+def _run(command: Sequence[str], folder: Path) -> str:
+    return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout
 
 
 def _folders(directory: Path) -> str:

@@ -43,7 +43,7 @@ from tests.servers import PostgresServer, PrefectServer, prefect_server
 pytestmark = [pytest.mark.proxy, pytest.mark.timeout(600)]
 
 API = "operator:its-own-secret"
-KEYS = {"site-1": "first-secret", "site-2": "second-secret"}
+SITES = ["site-1", "site-2"]
 
 
 @dataclass
@@ -71,7 +71,7 @@ class Ground:
 
     def as_(self, site: str, key: str | None = None) -> httpx.Client:
         """A client with the site's credential."""
-        auth = (site, KEYS[site] if key is None else key)
+        auth = (site, key or self.proxy.keys[site])
         return httpx.Client(
             base_url=f"{self.proxy.url}/sites/api",
             auth=auth,
@@ -82,14 +82,13 @@ class Ground:
 @pytest.fixture(scope="module")
 def ground(postgresql: PostgresServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ground]:
     home, before = tmp_path_factory.mktemp("proxied"), dict(os.environ)
-    names = list(KEYS)
     for folder in ("store", "gate", "proxy"):
         (home / folder).mkdir()
     with ExitStack() as stack:
         prefect = stack.enter_context(prefect_server(postgresql.new_database(), API))
         gate = stack.enter_context(Gate(home / "gate", prefect))
-        store = stack.enter_context(ComposeStore(home / "store", names))
-        proxy = stack.enter_context(Proxy(home / "proxy", prefect, gate, store, KEYS))
+        store = stack.enter_context(ComposeStore(home / "store", SITES))
+        proxy = stack.enter_context(Proxy(home / "proxy", prefect, gate, store, SITES))
         trusted = {"PREFECT_API_SSL_CERT_FILE": str(proxy.authority), "SSL_CERT_FILE": str(proxy.authority)}
 
         def settings(who: str, url: str, auth: str) -> dict[str, str]:
@@ -102,7 +101,7 @@ def ground(postgresql: PostgresServer, tmp_path_factory: pytest.TempPathFactory)
             return {**trusted, **key, **own, "PREFECT_API_URL": url, "PREFECT_API_AUTH_STRING": auth}
 
         options = {"endpoint": proxy.store_url, "region": "us-east-1"}
-        federation = Federation(sites=names, store="s3://fedflow", store_options=options)  # type: ignore[arg-type]
+        federation = Federation(sites=SITES, store="s3://fedflow", store_options=options)  # type: ignore[arg-type]
         coordinator = settings("coordinator", f"{proxy.url}/api", API)
         workers = [
             Worker(
@@ -112,12 +111,12 @@ def ground(postgresql: PostgresServer, tmp_path_factory: pytest.TempPathFactory)
                 home / "coordinator.log",
             )
         ]
-        for name in names:
+        for name in SITES:
             config = home / f"{name}.yaml"
             given = {"name": name, "store": "s3://fedflow", "store_options": dict(federation.store_options)}
             config.write_text(yaml.safe_dump({**given, "state": str(home / name)}))
             start = [sys.executable, "-m", "fedflow.cli", "site", "start", "--config", str(config)]
-            environment = {**os.environ, **settings(name, f"{proxy.url}/sites/api", f"{name}:{KEYS[name]}")}
+            environment = {**os.environ, **settings(name, f"{proxy.url}/sites/api", f"{name}:{proxy.keys[name]}")}
             workers.append(Worker(name, start, environment, home / f"{name}.log"))
         stack.callback(lambda: (os.environ.clear(), os.environ.update(before)))
         os.environ.update({key: coordinator[key] for key in coordinator if key.startswith(("AWS", "SSL"))})
@@ -136,7 +135,7 @@ def ground(postgresql: PostgresServer, tmp_path_factory: pytest.TempPathFactory)
             stack.callback(worker.lose)
             worker.start()
         client = stack.enter_context(connect())
-        for pool in (federation.coordinator_pool, *names):
+        for pool in (federation.coordinator_pool, *SITES):
             awaited(lambda pool=pool: absence(client, pool) is None, f"a worker on {pool}", 120)  # type: ignore[misc]
         run = env.execute(builders.recipe(algorithm={"kind": "scaffold"}), run_id="proxied")
         digest = run.result(300).model_digest
@@ -146,11 +145,11 @@ def ground(postgresql: PostgresServer, tmp_path_factory: pytest.TempPathFactory)
 
 def test_a_training_through_the_proxy_has_the_same_bytes(ground: Ground) -> None:
     """With a state at the sites. Each did its work in its own flow runs, whose logs arrived; nothing it needs was refused."""
-    reference = builders.run(builders.recipe(algorithm={"kind": "scaffold"}), sites=list(KEYS))
+    reference = builders.run(builders.recipe(algorithm={"kind": "scaffold"}), sites=SITES)
     assert ground.digest == builders.head(reference).model_digest
     sites = [run for run in ground.runs() if run.deployment_id and any(tag.startswith("site:") for tag in run.tags)]
     assert len(sites) == 4 and {run.state_type for run in sites} == {StateType.COMPLETED}
-    for site in KEYS:
+    for site in SITES:
         assert any("steps on" in line for line in ground.env.attach(ground.run).logs(site)), site
         assert "Traceback" not in ground.logs[site], ground.logs[site]
 
@@ -267,7 +266,7 @@ def test_a_site_reaches_nothing_else(ground: Ground, names: dict[str, str], rout
 
 @pytest.mark.parametrize("route", OPEN, ids=lambda r: " ".join(r[:2]))
 def test_nobody_reaches_anything_without_a_credential(ground: Ground, names: dict[str, str], route: Any) -> None:
-    with ground.as_("site-1", KEYS["site-2"]) as wrong:
+    with ground.as_("site-1", ground.proxy.keys["site-2"]) as wrong:
         assert ask(wrong, names, *route).status_code == 401
         assert (
             wrong.request("GET", f"{ground.proxy.url}/sites/api/flow_runs/{names['own']}", auth=None).status_code == 401
@@ -328,7 +327,7 @@ def test_events_are_about_a_sites_own_flow_runs_and_nobody_listens(ground: Groun
 def as_a_site(ground: Ground, site: str) -> Iterator[None]:
     """Prefect's settings as `fedflow site start` makes them."""
     path, url = ground.home / f"{site}.yaml", f"{ground.proxy.url}/sites/api"
-    with temporary_settings({PREFECT_API_URL: url, PREFECT_API_AUTH_STRING: f"{site}:{KEYS[site]}"}):
+    with temporary_settings({PREFECT_API_URL: url, PREFECT_API_AUTH_STRING: f"{site}:{ground.proxy.keys[site]}"}):
         headers = json.loads(environment(SiteConfig.load(path), path)["PREFECT_CLIENT_CUSTOM_HEADERS"])
         with temporary_settings({PREFECT_CLIENT_CUSTOM_HEADERS: headers}):
             yield

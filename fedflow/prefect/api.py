@@ -8,6 +8,7 @@ import re
 import socket
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -131,12 +132,15 @@ def connected() -> Iterator[SyncPrefectClient]:
         yield client
 
 
-def read_runs(client: SyncPrefectClient, ids: Iterable[UUID]) -> dict[UUID, FlowRun]:
-    """Those flow runs, in requests of 200."""
+def read_runs(
+    client: SyncPrefectClient, ids: Iterable[UUID], states: list[StateType] | None = None
+) -> dict[UUID, FlowRun]:
+    """Those flow runs, in requests of 200; where `states` are given, those in one of them."""
     wanted, found = list(ids), {}
+    state = FlowRunFilterState(type=FlowRunFilterStateType(any_=states)) if states else None
     for start in range(0, len(wanted), 200):
-        part = wanted[start : start + 200]
-        for run in client.read_flow_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=part)), limit=200):
+        part = FlowRunFilter(id=FlowRunFilterId(any_=wanted[start : start + 200]), state=state)
+        for run in client.read_flow_runs(flow_run_filter=part, limit=200):
             found[run.id] = run
     return found
 
@@ -172,17 +176,19 @@ def cancel(client: SyncPrefectClient, runs: Iterable[FlowRun], why: str, *, forc
 def absent_sites(client: SyncPrefectClient, federation: Federation, sites: Iterable[SiteId] = ()) -> dict[SiteId, str]:
     """Site -> why it cannot be asked: no pool, or no worker of it seen lately. sites: others that the run knows."""
     absent = dict.fromkeys(set(sites) - set(federation.names), "not in the federation any more")
-    for site in federation.sites:
-        pool = (str(client.api_url), site.work_pool)
-        if time.monotonic() - _present.get(pool, -math.inf) < FRESH:
-            continue
-        if why := absence(client, site.work_pool):
-            absent[site.name] = why
-        else:
-            _present[pool] = time.monotonic()
+    at = str(client.api_url)
+    unknown = [s for s in federation.sites if time.monotonic() - _present.get((at, s.work_pool), -math.inf) >= FRESH]
+    with ThreadPoolExecutor(ASKERS) as pool:
+        found = pool.map(lambda site: absence(client, site.work_pool), unknown)
+        for site, why in zip(unknown, found, strict=True):
+            if why:
+                absent[site.name] = why
+            else:
+                _present[at, site.work_pool] = time.monotonic()
     return absent
 
 
+ASKERS = 4  # requests at a time
 FRESH = 10.0  # seconds for which a worker that was there is taken to be there
 _present: dict[tuple[str, str], float] = {}
 """API and work pool -> when a worker of it was found there. Short rounds need not ask again and again."""

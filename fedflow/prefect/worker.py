@@ -103,7 +103,10 @@ class FlowWorker(private.FlowWorkerBase):
             await self._inherit()
         taken: list[FlowRun] = []
         while True:
-            if new := await self.take():
+            asked = time.monotonic()
+            new = await self.take()
+            self.pace.answered(time.monotonic() - asked)
+            if new:
                 self.pace.worked()
                 taken += new
             if self.pace.mean() >= self.pace.longest:

@@ -54,7 +54,7 @@ from fedflow.prefect.pace import IDLE, Pace
 from fedflow.recipe import SiteConfig
 from fedflow.store.records import utc_now
 
-__all__ = ["CoordinatorWorker", "SiteWorker", "command", "environment", "start"]
+__all__ = ["CoordinatorWorker", "SiteWorker", "command", "credential", "environment", "start"]
 
 LOOK = (1.0, 3.0)  # seconds between two looks whether a flow run is to be cancelled: at its beginning, later
 TICK = 0.5  # seconds between two looks how much memory a child holds
@@ -362,22 +362,22 @@ def command(pool: str, name: str, worker_type: str) -> list[str]:
 
 
 def environment(config: SiteConfig, path: Path) -> dict[str, str]:
-    """What a site's worker needs in its environment besides the caller's own.
+    """What a site's worker needs in its environment besides the caller's own."""
+    api = {"PREFECT_API_URL": config.api_url} if config.api_url else {}
+    return {SiteConfig.environment_variable: str(path.resolve()), **api}
 
-    A proxy in front of the API is told the credential with websockets too, where Prefect's client says it to the API only.
-    """
-    found = {SiteConfig.environment_variable: str(path.resolve())}
-    if config.api_url:
-        found["PREFECT_API_URL"] = config.api_url
-    if credential := PREFECT_API_AUTH_STRING.value():
-        basic = f"Basic {b64encode(credential.encode()).decode()}"
-        found["PREFECT_CLIENT_CUSTOM_HEADERS"] = json.dumps(
-            {"Authorization": basic, **PREFECT_CLIENT_CUSTOM_HEADERS.value()}
-        )
-    return found
+
+def credential() -> dict[str, str]:
+    """And for a proxy: the API's credential with websockets too, where Prefect's client tells it to the API alone."""
+    given = PREFECT_API_AUTH_STRING.value()
+    if not given:
+        return {}
+    headers = {"Authorization": f"Basic {b64encode(given.encode()).decode()}", **PREFECT_CLIENT_CUSTOM_HEADERS.value()}
+    return {"PREFECT_CLIENT_CUSTOM_HEADERS": json.dumps(headers)}
 
 
 def start(config: SiteConfig, path: Path) -> None:
     """Become the worker of `config`'s site. Does not return."""
     args = command(config.work_pool, config.name, SiteWorker.type)
-    os.execve(args[0], args, {"PREFECT_WORKER_QUERY_SECONDS": str(IDLE), **os.environ, **environment(config, path)})
+    own = {**credential(), **environment(config, path)}
+    os.execve(args[0], args, {"PREFECT_WORKER_QUERY_SECONDS": str(IDLE), **os.environ, **own})

@@ -33,8 +33,8 @@ from websockets.exceptions import InvalidStatus
 
 from fedflow.environments.prod import ProdEnv
 from fedflow.prefect.api import absence, connect, find_runs, run_tag
-from fedflow.prefect.worker import CoordinatorWorker, command, environment
-from fedflow.recipe import Federation, SiteConfig
+from fedflow.prefect.worker import CoordinatorWorker, command, credential
+from fedflow.recipe import Federation
 from tests import builders
 from tests.compose import SECRET, ComposeStore, Gate, Proxy
 from tests.deployed import ROOT, Worker, awaited
@@ -326,9 +326,9 @@ def test_events_are_about_a_sites_own_flow_runs_and_nobody_listens(ground: Groun
 @contextmanager
 def as_a_site(ground: Ground, site: str) -> Iterator[None]:
     """Prefect's settings as `fedflow site start` makes them."""
-    path, url = ground.home / f"{site}.yaml", f"{ground.proxy.url}/sites/api"
+    url = f"{ground.proxy.url}/sites/api"
     with temporary_settings({PREFECT_API_URL: url, PREFECT_API_AUTH_STRING: f"{site}:{ground.proxy.keys[site]}"}):
-        headers = json.loads(environment(SiteConfig.load(path), path)["PREFECT_CLIENT_CUSTOM_HEADERS"])
+        headers = json.loads(credential()["PREFECT_CLIENT_CUSTOM_HEADERS"])
         with temporary_settings({PREFECT_CLIENT_CUSTOM_HEADERS: headers}):
             yield
 

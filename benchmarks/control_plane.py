@@ -3,12 +3,14 @@
     python -m benchmarks.control_plane [--sites 100] [--rounds 3] [--workers 2] [--at-once 4] [--databases sqlite postgres]
     python -m benchmarks.control_plane --sites 144 --silent 2 --quorum 138 --rounds 1 --databases postgres
 
-A PocEnv whose sites' workers, one a site as deployed, share a few processes, and so the parent of which trainings are forked. A site takes one step on a model of five numbers; `--silent` ones never answer. For each database are printed
+A PocEnv whose sites' workers, one a site as deployed, share a few processes, and so the parent of which trainings are forked.
+A site takes one step on a model of five numbers; `--silent` ones never answer. For each database are printed
 seconds: of a round, from its plan to its commit; of that, until the last flow run was sent, and after the closing;
 coordinator: milliseconds a site and round: its CPU, of all its processes; waiting for flow runs to be sent, and after the closing;
 requests: at the API, a site and round, by route;
-API: the share of one processor that server (one process) and database take, and how long an authorised request with a query
-takes meanwhile, asked for every 0.2 s: median and 95th percentile, milliseconds; when nothing happens, before;
+API: milliseconds of CPU of server (one process) and database a site and round, and the share of one processor that this is;
+how long a request that reads the database takes meanwhile, asked every 0.2 s: median and 95th percentile, milliseconds; and
+before, when nothing happens;
 excluded: sites of the last round, and why.
 The first round is not counted: it warms the workers.
 """
@@ -244,6 +246,7 @@ def figures(
         "requests": round(sum((after.requests - before.requests).values()) / times, 1),
         "by route": routes,
         "API": {
+            "CPU": round(1000 * (after.server - before.server) / times, 1),
             "processor": round((after.server - before.server) / took, 2),
             "ms": probe.milliseconds(),
             "idle ms": idle.milliseconds(),

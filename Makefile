@@ -10,7 +10,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test test-faults chaos test-browser test-azure test-ray format lock clean
+.PHONY: help setup demo test test-faults chaos test-browser test-proxy test-azure test-ray format lock clean
 
 help: ## list these targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 22
@@ -29,11 +29,11 @@ $(READY): requirements.lock pyproject.toml
 demo: setup ## train on handwritten digits at four sites on this machine
 	$(BIN)/fedflow run examples/digits/recipe.yaml --env poc
 
-test: setup ## style, types, then every test that needs no browser
+test: setup ## style, types, then every test that needs no browser and no nginx
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not browser and not faults and not azure and not ray"
+	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not browser and not proxy and not faults and not azure and not ray"
 
 test-faults: setup ## kills and outages of every process, on a real Prefect server
 	$(BIN)/pytest -m faults
@@ -49,6 +49,9 @@ test-azure: setup ## the store over Azure's emulator; needs npm
 
 test-browser: setup ## the tests that drive a real Chromium
 	$(BIN)/pytest -m browser
+
+test-proxy: setup ## a federation behind a real nginx; needs nginx and openssl
+	$(BIN)/pytest -m proxy
 
 format: setup ## put the code into the project's style
 	$(BIN)/ruff check --fix

@@ -371,9 +371,9 @@ def azure_server() -> Iterator[AzureServer]:
 
 
 class PrefectServer(Server):
-    """A Prefect server with its own PREFECT_HOME; no analytics."""
+    """A Prefect server with its own PREFECT_HOME; no analytics. auth: its one credential, "user:password"; None: none."""
 
-    def __init__(self, directory: Path, database_url: str | None):
+    def __init__(self, directory: Path, database_url: str | None, auth: str | None = None):
         port = free_port()
         self.ui_url = f"http://127.0.0.1:{port}"
         self.url = f"{self.ui_url}/api"
@@ -389,6 +389,8 @@ class PrefectServer(Server):
         environment = others | self.env
         if database_url is not None:
             environment["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = database_url
+        if auth is not None:
+            environment["PREFECT_SERVER_API_AUTH_STRING"] = self.env["PREFECT_API_AUTH_STRING"] = auth
         super().__init__(directory, command, environment)
 
     def answers(self) -> bool:
@@ -398,7 +400,7 @@ class PrefectServer(Server):
 
 
 @contextmanager
-def prefect_server(database_url: str | None = None) -> Iterator[PrefectServer]:
+def prefect_server(database_url: str | None = None, auth: str | None = None) -> Iterator[PrefectServer]:
     """A Prefect server on SQLite, or on the database of `database_url` (`postgresql+asyncpg://...`)."""
-    with _directory(os.geteuid()) as directory, PrefectServer(directory, database_url) as server:
+    with _directory(os.geteuid()) as directory, PrefectServer(directory, database_url, auth) as server:
         yield server

@@ -16,7 +16,6 @@ from urllib.request import urlopen
 import click
 import prefect
 import pytest
-import yaml
 from obstore.exceptions import BaseError, PermissionDeniedError
 from obstore.store import S3Store
 from prefect import Flow
@@ -41,15 +40,10 @@ from fedflow.prefect.api import WORKER_SILENCE
 from fedflow.prefect.deploy import training_deployment
 from fedflow.recipe import Federation, Recipe, SiteConfig
 from fedflow.registry import resolve
-from tests.servers import PrefectServer, Server, free_port
+from tests.compose import FILES, ComposeStore, read, services, weed_program
+from tests.servers import PrefectServer
 
 ROOT = Path(__file__).parents[1]
-FILES = Path(fedflow.__file__).parent / "deployments"  # in the package: a wheel brings them along
-
-
-def read(name: str) -> Any:
-    """A YAML or JSON file among the deployment files."""
-    return yaml.safe_load((FILES / name).read_text())
 
 
 def test_the_link_at_the_root_leads_to_the_package() -> None:
@@ -200,13 +194,9 @@ def test_the_sites_image_starts_its_worker_from_the_image_of_the_server() -> Non
 VARIABLE = re.compile(r"\$\{(\w+)(:\?[^}]*)?\}")
 
 
-def services() -> dict[str, dict[str, Any]]:
-    return dict(read("compose.yaml")["services"])
-
-
 def test_compose_services_restart_are_watched_and_wait_for_each_other() -> None:
     found = services()
-    assert found.keys() == {"postgres", "prefect", "store", "coordinator", "proxy"}
+    assert found.keys() == {"postgres", "prefect", "gate", "store", "coordinator", "proxy"}
     for name, service in found.items():
         assert service["restart"] == "unless-stopped"
         assert service["healthcheck"]["test"][0] in ("CMD", "CMD-SHELL")
@@ -217,7 +207,7 @@ def test_compose_services_restart_are_watched_and_wait_for_each_other() -> None:
 def test_compose_images_are_pinned() -> None:
     for service in services().values():
         assert re.fullmatch(r"[a-z/]+:\d+(\.\d+)+(-[a-z]+)?", service["image"])
-    for name in ("prefect", "coordinator"):
+    for name in ("prefect", "gate", "coordinator"):
         assert services()[name]["image"] == f"fedflow:{fedflow.__version__}"
         assert (FILES / services()[name]["build"] / "Dockerfile").is_file()
     weed = subprocess.run([weed_program(), "version"], capture_output=True, text=True, check=True).stdout.split()[2]
@@ -230,7 +220,7 @@ def test_compose_only_names_what_is_there() -> None:
         for volume in service.get("volumes", []):
             source = volume.split(":")[0]
             assert (
-                source == "./tls" or (FILES / source).is_file()
+                source in ("./tls", "./secrets/proxy") or (FILES / source).is_file()
                 if source.startswith(".")
                 else source in compose["volumes"]
             )
@@ -274,7 +264,7 @@ def test_the_coordinators_worker_runs_on_the_example_federations_pool() -> None:
 
 def test_the_proxy_leads_to_the_services_and_lets_websockets_through() -> None:
     conf = (FILES / "nginx.conf").read_text()
-    assert set(re.findall(r"set \$\w+ http://(\w+:\d+);", conf)) == {"prefect:4200", "store:8333"}
+    assert set(re.findall(r"set \$\w+ http://(\w+:\d+);", conf)) == {"prefect:4200", "gate:4300", "store:8333"}
     assert {f"{port}:{port}" for port in re.findall(r"listen (\d+)[ ;]", conf)} == set(services()["proxy"]["ports"])
     assert re.search(
         r"proxy_set_header Upgrade \$http_upgrade;\s+proxy_set_header Connection \$connection_upgrade;", conf
@@ -283,51 +273,6 @@ def test_the_proxy_leads_to_the_services_and_lets_websockets_through() -> None:
 
 
 # -- the store of compose.yaml, for real -------------------------------------------------------------------------------
-def weed_program() -> str:
-    return str(Path(sys.executable).with_name("weed"))
-
-
-class ComposeStore(Server):
-    """SeaweedFS with the arguments of compose.yaml and the identities of s3.example.json, on free ports."""
-
-    def __init__(self, directory: Path) -> None:
-        identities = (FILES / "s3.example.json").read_text()
-        (directory / "s3.json").write_text(identities.replace("REPLACE", "a-secret"))
-        self.port = free_port()
-        changed = {
-            "dir": directory / "data",
-            "s3.config": directory / "s3.json",
-            "s3.port": self.port,
-            "s3.ip.bind": "127.0.0.1",
-            "s3.localSocket": directory / "s3.sock",
-            "filer.localSocket": directory / "filer.sock",
-            **{f"{part}.port": free_port() for part in ("master", "volume", "filer")},
-        }
-        name, *given = services()["store"]["command"]
-        kept = [option for option in given if option.lstrip("-").partition("=")[0] not in changed]
-        (directory / "data").mkdir()
-        command = [weed_program(), name, *kept, *(f"-{option}={value}" for option, value in changed.items())]
-        super().__init__(directory, command, {"PATH": os.defpath, "HOME": str(directory)})
-
-    def as_(self, name: str) -> S3Store:
-        return S3Store(
-            "fedflow",
-            endpoint=f"http://127.0.0.1:{self.port}",
-            access_key_id=name,
-            secret_access_key="a-secret",
-            region="us-east-1",
-            client_options={"allow_http": True},
-            retry_config={"max_retries": 0},
-        )
-
-    def answers(self) -> bool:
-        try:
-            self.as_("coordinator").put("server/r/state", b"secret")
-            return True
-        except BaseError:
-            return False
-
-
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComposeStore]:
     server = ComposeStore(tmp_path_factory.mktemp("store"))
@@ -370,6 +315,21 @@ def test_a_site_can_do_nothing_else(store: ComposeStore, forbidden: Callable[[S3
     with pytest.raises(BaseError) as error:
         forbidden(store.as_("hospital-a"))
     assert isinstance(error.value, PermissionDeniedError) or "AccessDenied" in str(error.value)
+
+
+def test_the_policy_for_s3_allows_a_site_what_the_stores_identity_does() -> None:
+    """Object by object: the identity's actions, and the policy's statements as AWS reads them."""
+    (identity,) = [i for i in read("s3.example.json")["identities"] if i["name"] == "hospital-a"]
+    kinds = {"s3:GetObject": "Read", "s3:PutObject": "Write", "s3:ListBucket": "List"}
+    allowed = set()
+    for statement in read("s3-policy.example.json")["Statement"]:
+        assert statement["Effect"] == "Allow" and "*" not in str(statement["Action"])
+        where = statement.get("Condition", {}).get("StringLike", {}).get("s3:prefix") or statement["Resource"]
+        for action in [statement["Action"]] if isinstance(statement["Action"], str) else statement["Action"]:
+            for path in [where] if isinstance(where, str) else where:
+                if action in kinds:
+                    allowed.add(f"{kinds[action]}:fedflow/{path.removeprefix('arn:aws:s3:::fedflow/')}")
+    assert allowed == set(identity["actions"])
 
 
 def test_the_stores_healthcheck_gets_its_answer(store: ComposeStore) -> None:

@@ -1,4 +1,4 @@
-"""`fedflow ui`, `fedflow deploy`: what needs a Prefect server."""
+"""`fedflow ui`, `fedflow deploy`, `fedflow gate`: what needs a Prefect server."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fedflow.errors import UserError
 if TYPE_CHECKING:
     from fedflow.environments import Run
 
-__all__ = ["deploy", "hold", "ui"]
+__all__ = ["deploy", "gate", "hold", "ui"]
 
 
 def ui(run_id: RunId, home: Home = HOME) -> None:
@@ -78,3 +78,16 @@ def deploy(
     with make("prod", federation=Federation.load(federation), store=store, home=home) as environment:
         for name in environment.deploy(spec):
             typer.echo(name)
+
+
+def gate(
+    host: Annotated[str, typer.Option("--host", help="Where to listen; the proxy alone may reach it.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", help="The port.")] = 4300,
+) -> None:
+    """Answer the proxy whether what a site asks for is its own.
+
+    Of the Prefect server that PREFECT_API_URL names, with its credential; deployments/nginx.conf asks.
+    """
+    from fedflow.prefect.gate import serve
+
+    serve(host, port)

@@ -8,6 +8,7 @@ import re
 import socket
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -131,12 +132,15 @@ def connected() -> Iterator[SyncPrefectClient]:
         yield client
 
 
-def read_runs(client: SyncPrefectClient, ids: Iterable[UUID]) -> dict[UUID, FlowRun]:
-    """Those flow runs, in requests of 200."""
+def read_runs(
+    client: SyncPrefectClient, ids: Iterable[UUID], states: list[StateType] | None = None
+) -> dict[UUID, FlowRun]:
+    """Those flow runs, in requests of 200; where `states` are given, those in one of them."""
     wanted, found = list(ids), {}
+    state = FlowRunFilterState(type=FlowRunFilterStateType(any_=states)) if states else None
     for start in range(0, len(wanted), 200):
-        part = wanted[start : start + 200]
-        for run in client.read_flow_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=part)), limit=200):
+        part = FlowRunFilter(id=FlowRunFilterId(any_=wanted[start : start + 200]), state=state)
+        for run in client.read_flow_runs(flow_run_filter=part, limit=200):
             found[run.id] = run
     return found
 
@@ -180,17 +184,20 @@ def absent_sites(
     regions = [region for region in federation.regions if region.name in wanted]
     absent = dict.fromkeys(set(sites) - set(federation.names), "not in the federation any more")
     absent |= dict.fromkeys(wanted - {region.name for region in regions}, "not among the federation's regions")
-    for site in (*federation.sites, *regions):
-        pool = (str(client.api_url), site.work_pool)
-        if time.monotonic() - _present.get(pool, -math.inf) < FRESH:
-            continue
-        if why := absence(client, site.work_pool):
-            absent[site.name] = why
-        else:
-            _present[pool] = time.monotonic()
+    at = str(client.api_url)
+    members = (*federation.sites, *regions)
+    unknown = [m for m in members if time.monotonic() - _present.get((at, m.work_pool), -math.inf) >= FRESH]
+    with ThreadPoolExecutor(ASKERS) as pool:
+        found = pool.map(lambda member: absence(client, member.work_pool), unknown)
+        for member, why in zip(unknown, found, strict=True):
+            if why:
+                absent[member.name] = why
+            else:
+                _present[at, member.work_pool] = time.monotonic()
     return absent
 
 
+ASKERS = 4  # requests at a time
 FRESH = 10.0  # seconds for which a worker that was there is taken to be there
 _present: dict[tuple[str, str], float] = {}
 """API and work pool -> when a worker of it was found there. Short rounds need not ask again and again."""

@@ -208,7 +208,10 @@ class Collector:
         pace = Pace(longest=2.0, shortest=0.1, since=time.monotonic())  # of looks at the flow runs
         while True:
             try:
-                self._tick()
+                asked = time.monotonic()
+                finished = self._look_at_runs()
+                pace.answered(time.monotonic() - asked)
+                self._tick(finished)
                 if why := self._may_close():
                     missing = self.missing()
                     return close_round(self.journal, self.plan, self.opening, self.found, why=why, missing=missing)
@@ -219,8 +222,7 @@ class Collector:
                 self.log.warning("the store does not answer: %s", error)
             time.sleep(pace.wait())
 
-    def _tick(self) -> None:
-        finished = self._look_at_runs()
+    def _tick(self, finished: Mapping[SiteId, FlowRun]) -> None:
         due = time.monotonic() - self.surveyed >= self.survey_every
         waiting = [s for s in self.plan.tasks if s not in self.found.answered()]
         wanted = waiting if due else [s for s in waiting if s in finished]
@@ -239,7 +241,7 @@ class Collector:
             if w.run and w.gone is None and w.again is None and s not in self.found.answered()
         }
         try:
-            runs = read_runs(self.client, open_runs)
+            runs = read_runs(self.client, open_runs, OVER)  # the others would be most of what is sent and parsed
         except OUTAGE as error:
             if not self.outage:
                 self.log.warning("the Prefect API does not answer (%r); the round goes on, its deadline stands", error)
@@ -248,8 +250,8 @@ class Collector:
         if self.outage:
             self.log.info("the Prefect API answers again")
         self.outage = False
-        self.over |= {i for i, r in runs.items() if r.state_type in OVER}
-        return {open_runs[i]: r for i, r in runs.items() if r.state_type in OVER}
+        self.over |= runs.keys()
+        return {open_runs[i]: r for i, r in runs.items()}
 
     def _survey(self, sites: list[SiteId]) -> None:
         before = self.found
@@ -353,4 +355,4 @@ class Collector:
             return []
 
 
-OVER = (StateType.COMPLETED, StateType.FAILED, StateType.CRASHED, StateType.CANCELLED)
+OVER = [StateType.COMPLETED, StateType.FAILED, StateType.CRASHED, StateType.CANCELLED]

@@ -16,24 +16,42 @@ IDLE = 5
 """Seconds between two questions of a worker where there has been no work for long."""
 
 
+PATIENCE = 5
+"""How many times what the API takes longer than it could is waited before it is asked again."""
+
+
 @dataclass
 class Pace:
     """Waits of `shortest` seconds right after the last work, then of a twentieth of the time since it, at most of `longest`.
 
-    So what asking seldom adds to a round is at most a twentieth of it, and a long round costs the API few requests.
+    So what asking seldom adds to a round is at most a twentieth of it, and a long round costs the API few requests. Two
+    answers in a row that took longer than the quickest tell that the API is busy: then waits are `PATIENCE` times that at the
+    least, so that however many ask, it has time for other things.
     """
 
     longest: float
     shortest: float = WORKING
     since: float = -math.inf
+    quickest: float = math.inf
+    """Seconds that the quickest answer took."""
+    late: float = 0.0
+    """How much longer the last one took."""
+    busy: float = 0.0
+    """And the last two, at least."""
 
     def worked(self) -> None:
         """There is work, or was until now."""
         self.since = time.monotonic()
 
+    def answered(self, seconds: float) -> None:
+        """A question took so long."""
+        self.quickest = min(self.quickest, seconds)
+        before, self.late = self.late, seconds - self.quickest
+        self.busy = min(before, self.late)
+
     def mean(self) -> float:
         """Seconds to wait now."""
-        return min(max((time.monotonic() - self.since) / 20, self.shortest), self.longest)
+        return min(max((time.monotonic() - self.since) / 20, self.shortest, PATIENCE * self.busy), self.longest)
 
     def wait(self) -> float:
         """The same, a third more or less by chance, so that not all ask at once."""

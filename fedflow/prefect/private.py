@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import inspect
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -20,20 +22,13 @@ import httpx
 import prefect.types._datetime
 from prefect import Flow, flow_engine
 from prefect.client.orchestration import SyncPrefectClient
-from prefect.client.schemas.filters import (
-    FlowRunFilter,
-    FlowRunFilterState,
-    FlowRunFilterStateType,
-    WorkPoolFilter,
-    WorkPoolFilterName,
-)
 from prefect.client.schemas.objects import FlowRun, FlowRunPolicy, ServerDefaultResultStorage, StateType
 from prefect.context import SyncClientContext
 from prefect.engine import handle_engine_signals
 from prefect.events.worker import EventsWorker
-from prefect.exceptions import Abort
+from prefect.exceptions import Abort, ObjectNotFound, PrefectHTTPStatusError
 from prefect.logging.handlers import APILogWorker, set_api_log_sink
-from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_KEY, PREFECT_API_URL
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_KEY, PREFECT_API_URL, PREFECT_HOME
 from prefect.states import Pending
 from prefect.utilities.engine import propose_state
 from prefect.workers.base import BaseJobConfiguration, BaseVariables, BaseWorker, BaseWorkerResult
@@ -226,6 +221,9 @@ class FlowWorkerResult(BaseWorkerResult):
     """identifier: the child's process id; status_code: its exit code."""
 
 
+_TAKEN = (StateType.PENDING, StateType.RUNNING, StateType.CANCELLING)
+
+
 class FlowWorkerBase(BaseWorker[BaseJobConfiguration, BaseVariables, FlowWorkerResult]):
     """A worker that takes a flow run with one request, where Prefect's takes nine."""
 
@@ -259,13 +257,14 @@ class FlowWorkerBase(BaseWorker[BaseJobConfiguration, BaseVariables, FlowWorkerR
     async def _hold(self, flow_run: FlowRun) -> None:
         """One flow run, from its claim to its end. What goes wrong before it runs crashes it."""
         try:
-            if not await self._claim(flow_run):
-                return
-            try:
-                await self.work_on(flow_run)
-            except Exception as error:
-                self._logger.exception("%s", flow_run.name)
-                await self._propose_crashed_state(flow_run, f"its worker could not run it: {error}")
+            (self._notes() / str(flow_run.id)).touch()
+            if await self._claim(flow_run):
+                try:
+                    await self.work_on(flow_run)
+                except Exception as error:
+                    self._logger.exception("%s", flow_run.name)
+                    await self._propose_crashed_state(flow_run, f"its worker could not run it: {error}")
+            self.forget(flow_run)
         finally:
             self._submitting_flow_run_ids.discard(flow_run.id)
             self._release_limit_slot(flow_run.id)
@@ -284,13 +283,34 @@ class FlowWorkerBase(BaseWorker[BaseJobConfiguration, BaseVariables, FlowWorkerR
         return bool(state.is_pending())
 
     async def taken_before(self) -> list[FlowRun]:
-        """Flow runs of this work pool that are active, and that a worker on this machine has taken."""
-        states = FlowRunFilterStateType(any_=[StateType.PENDING, StateType.RUNNING, StateType.CANCELLING])
-        active = await self.client.read_flow_runs(
-            flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=states)),
-            work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[self._work_pool_name])),
-        )
-        return [run for run in active if await self._taken_here(run)]
+        """Flow runs that are active, and that a worker of this work pool and machine has taken, as it noted down."""
+        found = []
+        for noted in list(self._notes().iterdir()):
+            try:
+                run = await self.client.read_flow_run(UUID(noted.name))
+                ours = run.state_type in _TAKEN and await self._taken_here(run)
+            except ObjectNotFound:
+                ours = False
+            except PrefectHTTPStatusError as refusal:
+                if refusal.response.status_code != 403:
+                    raise
+                ours = False  # a proxy's answer about what is not there
+            if ours:
+                found.append(run)
+            else:
+                noted.unlink(missing_ok=True)
+        return found
+
+    def _notes(self) -> Path:
+        """A folder with a file for each flow run that this worker has: asking the server would be asking about all."""
+        whose = f"{PREFECT_API_URL.value()} {self._work_pool_name}".encode()
+        folder = Path(PREFECT_HOME.value()) / "fedflow" / hashlib.blake2b(whose, digest_size=8).hexdigest()
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def forget(self, flow_run: FlowRun) -> None:
+        """It is over."""
+        (self._notes() / str(flow_run.id)).unlink(missing_ok=True)
 
     async def _taken_here(self, flow_run: FlowRun) -> bool:
         took = Taker.among(await self.client.read_flow_run_states(flow_run.id))

@@ -9,12 +9,14 @@ no event stream: whoever reads it sees other sites' events too.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import math
 import os
 import signal
 import sys
 import time
+from base64 import b64encode
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from email.utils import parsedate_to_datetime
 from functools import partial
@@ -33,7 +35,9 @@ from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.events import emit_event
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import (
+    PREFECT_API_AUTH_STRING,
     PREFECT_CLIENT_CSRF_SUPPORT_ENABLED,
+    PREFECT_CLIENT_CUSTOM_HEADERS,
     PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
     PREFECT_WORKER_QUERY_SECONDS,
     temporary_settings,
@@ -50,7 +54,7 @@ from fedflow.prefect.pace import IDLE, Pace
 from fedflow.recipe import SiteConfig
 from fedflow.store.records import utc_now
 
-__all__ = ["CoordinatorWorker", "SiteWorker", "command", "environment", "start"]
+__all__ = ["CoordinatorWorker", "SiteWorker", "command", "credential", "environment", "start"]
 
 LOOK = (1.0, 3.0)  # seconds between two looks whether a flow run is to be cancelled: at its beginning, later
 TICK = 0.5  # seconds between two looks how much memory a child holds
@@ -99,7 +103,10 @@ class FlowWorker(private.FlowWorkerBase):
             await self._inherit()
         taken: list[FlowRun] = []
         while True:
-            if new := await self.take():
+            asked = time.monotonic()
+            new = await self.take()
+            self.pace.answered(time.monotonic() - asked)
+            if new:
                 self.pace.worked()
                 taken += new
             if self.pace.mean() >= self.pace.longest:
@@ -134,6 +141,7 @@ class FlowWorker(private.FlowWorkerBase):
                 await self._ended(load(flows[name]), seen, None, None)
             else:
                 await self.crashed(seen, "its process was lost")
+        self.forget(flow_run)
 
     async def _compare_clocks(self) -> None:
         """Say where this machine's clock is wrong: a store refuses its requests, and work seems to lie in the future."""
@@ -362,7 +370,17 @@ def environment(config: SiteConfig, path: Path) -> dict[str, str]:
     return {SiteConfig.environment_variable: str(path.resolve()), **api}
 
 
+def credential() -> dict[str, str]:
+    """And for a proxy: the API's credential with websockets too, where Prefect's client tells it to the API alone."""
+    given = PREFECT_API_AUTH_STRING.value()
+    if not given:
+        return {}
+    headers = {"Authorization": f"Basic {b64encode(given.encode()).decode()}", **PREFECT_CLIENT_CUSTOM_HEADERS.value()}
+    return {"PREFECT_CLIENT_CUSTOM_HEADERS": json.dumps(headers)}
+
+
 def start(config: SiteConfig, path: Path) -> None:
     """Become the worker of `config`'s site. Does not return."""
     args = command(config.work_pool, config.name, SiteWorker.type)
-    os.execve(args[0], args, {"PREFECT_WORKER_QUERY_SECONDS": str(IDLE), **os.environ, **environment(config, path)})
+    own = {**credential(), **environment(config, path)}
+    os.execve(args[0], args, {"PREFECT_WORKER_QUERY_SECONDS": str(IDLE), **os.environ, **own})

@@ -28,6 +28,7 @@ COMMANDS = [
         "init",
         "ui",
         "deploy",
+        "gate",
         "doctor",
         "sites",
     ),

@@ -272,3 +272,12 @@ def test_work_is_asked_for_often_while_there_is_some_and_seldom_later() -> None:
     pace.worked()
     waits = [pace.wait() for _ in range(100)]
     assert all(0.2 <= wait <= 0.45 for wait in waits) and len(set(waits)) > 1  # not everybody at once
+
+
+def test_who_asks_gives_a_busy_api_time() -> None:
+    """It waits five times what two answers in a row took longer than the quickest; one that is late tells nothing."""
+    pace = Pace(longest=5)
+    pace.worked()
+    for seconds, wait in ((0.25, 0.3), (0.75, 0.3), (0.5, 1.25), (1.25, 1.25), (9.25, 5.0), (0.25, 0.3)):
+        pace.answered(seconds)
+        assert pace.mean() == wait

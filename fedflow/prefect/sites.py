@@ -13,10 +13,12 @@ from prefect.client.schemas.filters import FlowFilter, FlowFilterName, FlowRunFi
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.sorting import FlowRunSort
 
+from fedflow.engine.starts import read_start
 from fedflow.prefect.api import Taker, presence, taker
 from fedflow.prefect.artifacts import artifact_key
 from fedflow.prefect.dispatch import SITE_FLOW
 from fedflow.recipe import Federation, FederationSite
+from fedflow.store.objects import ObjectStore
 from fedflow.types import SiteId
 
 __all__ = ["SiteStatus", "deployed_sites", "look", "publish_sites"]
@@ -36,6 +38,7 @@ class SiteStatus:
 
     seen: its worker's last heartbeat; absent: why it cannot be asked, None where it can
     took: the newest of its flow runs that a worker took
+    start: what its worker found wrong at its last start
     doing: the flow runs that it has now; rounds: how the last ones ended, the newest first; failures: how many failed of them
     """
 
@@ -43,6 +46,7 @@ class SiteStatus:
     seen: datetime | None
     absent: str | None
     took: Taker | None
+    start: str
     doing: tuple[str, ...]
     rounds: tuple[str, ...]
     failures: int
@@ -55,6 +59,7 @@ class SiteStatus:
             "last seen": f"{self.seen:%Y-%m-%d %H:%M:%S} UTC" if self.seen else "never",
             "version": f"fedflow {self.took.fedflow}, Prefect {self.took.prefect}" if self.took else "",
             "machine": self.took.host if self.took else "",
+            "at its start": self.start,
             "runs": "; ".join(self.doing),
             "last rounds": "; ".join(self.rounds),
             "failures": f"{self.failures} of the last {LAST}" if self.failures else "",
@@ -70,12 +75,14 @@ def deployed_sites(client: SyncPrefectClient) -> list[FederationSite]:
     return sorted(found, key=lambda site: site.name)
 
 
-def look(client: SyncPrefectClient, sites: Sequence[FederationSite]) -> list[SiteStatus]:
-    """Each site, in three requests."""
-    return [_look(client, site) for site in sites]
+def look(
+    client: SyncPrefectClient, sites: Sequence[FederationSite], store: ObjectStore | None = None
+) -> list[SiteStatus]:
+    """Each site, in three requests. store: where the sites leave word of their starts"""
+    return [_look(client, site, store) for site in sites]
 
 
-def _look(client: SyncPrefectClient, site: FederationSite) -> SiteStatus:
+def _look(client: SyncPrefectClient, site: FederationSite, store: ObjectStore | None) -> SiteStatus:
     newest_first = FlowRunSort.EXPECTED_START_TIME_DESC
     ours = FlowRunFilter(tags=FlowRunFilterTags(all_=["fedflow", f"site:{site.name}"]))
     runs = client.read_flow_runs(flow_run_filter=ours, sort=newest_first, limit=LAST)
@@ -89,6 +96,7 @@ def _look(client: SyncPrefectClient, site: FederationSite) -> SiteStatus:
         seen=seen,
         absent=absent,
         took=took,
+        start=read_start(store, site.name) if store else "",
         doing=tuple(f"{run.name} ({run.state_name})" for run in runs if run.state_type not in _OVER),
         rounds=tuple(f"{run.name.removesuffix(f' · {site.name}')}: {_ended(run)}" for run in over[:3]),
         failures=sum(run.state_type in _FAILED for run in over),
@@ -109,7 +117,8 @@ def publish_sites(client: SyncPrefectClient, federation: Federation, *, last: bo
     if not last and time.monotonic() - _published.setdefault(federation.name, time.monotonic()) < EVERY:
         return
     _published[federation.name] = time.monotonic()
-    rows = [status.row() for status in look(client, federation.sites)]
+    store = ObjectStore(federation.store, federation.store_options) if federation.store else None
+    rows = [status.row() for status in look(client, federation.sites, store)]
     absent = sum(row["worker"] != "there" for row in rows)
     described = f"{federation.name}: {len(rows)} sites, {absent} absent"
     create_table_artifact(table=rows, key=artifact_key(federation.name, "sites"), description=described)

@@ -27,10 +27,12 @@ COMMANDS = [
         "init",
         "ui",
         "deploy",
+        "enroll",
         "doctor",
         "sites",
     ),
-    *("runs ls", "runs show", "recipe schema", "recipe check", "site start"),
+    *("runs ls", "runs show", "recipe schema", "recipe check"),
+    *("site enroll", "site try", "site review", "site audit", "site start"),
     *("store verify", "store gc"),
 ]
 

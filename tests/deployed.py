@@ -133,7 +133,7 @@ class Deployed:
     """ProdEnv over a Prefect server and an S3 store, the workers started by the documented commands, as `with` begins.
 
     fields: site -> more fields of its configuration; environment: more variables of every worker
-    keys: the coordinator and every site have one, and sign
+    keys: the coordinator and every site have one, and sign; name: of the federation, its pools and sites, where the server has others
     It puts the store's credentials into this process's environment, since the coordinator's side here reads it too.
     """
 
@@ -147,11 +147,15 @@ class Deployed:
         environment: Mapping[str, str] | None = None,
         fields: Mapping[str, Mapping[str, Any]] | None = None,
         keys: bool = False,
+        name: str | None = None,
     ) -> None:
         self.home, self._before = home, dict(os.environ)
         os.environ |= s3.env
         store = f"s3://{s3.new_bucket()}/federation"
         federation = Federation.of(sites, store=store)
+        if name is not None:
+            members = [FederationSite(name=f"{name}-{i + 1}") for i in range(sites)]
+            federation = Federation(name=name, sites=members, store=store, coordinator_pool=f"{name}-coordinator")
         identity: dict[str, dict[str, str]] = {}
         if keys:
             federation, identity = _enrolled(home, federation)

@@ -23,9 +23,9 @@ ConfigFile = Annotated[Path, typer.Option("--config", metavar="FILE", help="The 
 
 @app.command()
 def enroll(config: ConfigFile) -> None:
-    """Make this site's key pair, and print its public key for the federation file.
+    """Make this site's key pair, and print its public key.
 
-    The private key goes into the file that the configuration names as `key`, and never leaves the site. One that is there stays.
+    It is printed as the federation file wants it. The private key goes into the file that the configuration names as `key`, and never leaves the site. One that is there stays.
     """
     from fedflow.recipe import SiteConfig
 
@@ -95,9 +95,9 @@ def review(
     approve: Annotated[bool, typer.Option("--approve", help="Train this recipe here from now on.")] = False,
     revoke: Annotated[bool, typer.Option("--revoke", help="Do not train it here any more.")] = False,
 ) -> None:
-    """Show which runs this site trains, or one recipe in full; approve it.
+    """Show which runs this site trains; approve recipes.
 
-    An approval is of the recipe's digest: of all in it but rounds, timeouts, quorums and the like, which a resume may change.
+    With a recipe's file or a run: the recipe in full. An approval is of the recipe's digest: of all in it but rounds, timeouts, quorums and the like, which a resume may change.
     """
     import yaml
 
@@ -200,9 +200,9 @@ def start(
         ),
     ] = 120.0,
 ) -> None:
-    """Start this site's worker: it takes part in the rounds that its work pool is asked for, until it is stopped.
+    """Start this site's worker.
 
-    First it looks at its data, key, store, server and clock, and whether there is another one. What is wrong is said here, and
+    It takes part in the rounds that its work pool is asked for, until it is stopped. First it looks at its data, key, store, server and clock, and whether there is another one. What is wrong is said here, and
     left in the store for the coordinator's `fedflow sites`.
     """
     from fedflow.recipe import SiteConfig

@@ -152,7 +152,7 @@ def _others(client: SyncPrefectClient, config: SiteConfig, url: str) -> Iterator
     with contextlib.suppress(*OUTAGE):
         for worker in client.read_workers_for_work_pool(config.work_pool):
             last = worker.last_heartbeat_time
-            if worker.name != worker_name(config.name) and last is not None and utc_now() - last < WORKER_SILENCE:
+            if worker.name != worker_name(config.name) and last is not None and abs(utc_now() - last) < WORKER_SILENCE:
                 where = worker.name.partition("@")[2] or worker.name
                 seen = f"on {where}, seen {(utc_now() - last).total_seconds():.0f} s ago"
                 yield Problem(f"name: found another worker of {config.name} {seen}, expected none; {fix}", "waits")

@@ -269,10 +269,11 @@ class Journal:
         """Digest -> the signature of a record that is written under `key`. Raises UserError where the coordinator's key is not
         here, though the run's records are signed."""
         kind, own = type(record), self.keys.own
-        expected = record.coordinator if isinstance(record, RunRecord) else self._coordinator()
-        if kind.signer == "coordinator" and expected != self.keys.public:
-            fix = f"set {COORDINATOR_KEY} as it was when the run began, or start a new run"
-            raise UserError(field_error(COORDINATOR_KEY, self.keys.public, f"the private key of {expected}", fix))
+        if kind.signer == "coordinator":
+            expected = record.coordinator if isinstance(record, RunRecord) else self._coordinator()
+            if expected != self.keys.public:
+                fix = f"set {COORDINATOR_KEY} as it was when the run began, or start a new run"
+                raise UserError(field_error(COORDINATOR_KEY, self.keys.public, f"the private key of {expected}", fix))
         if kind.signer is None or own is None:
             return lambda digest: None
         nonce = self._nonce(kind)

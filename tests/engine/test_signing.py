@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -238,7 +239,7 @@ def test_a_site_refuses_a_round_that_its_coordinator_did_not_sign(
     monkeypatch.setenv(COORDINATOR_KEY, str(tmp_path / "impostor.key"))
     journal = signed.begin(workload="tests.nowhere:Evil")
     opened(journal)
-    with pytest.raises(SignatureInvalid, match=rf"run\.json.*expected that of {signed.coordinator.public}"):
+    with pytest.raises(SignatureInvalid, match=rf"run\.json.*expected that of {re.escape(signed.coordinator.public)}"):
         site_step(SiteWork("run", 0, "train"), signed.config("site-1"))
 
 

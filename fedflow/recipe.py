@@ -655,8 +655,8 @@ class Federation(Described):
         return sorted(site.name for site in self.sites)
 
     @property
-    def keys(self) -> dict[SiteId, str]:
-        """Site -> its public key, of those that have one."""
+    def public_keys(self) -> dict[SiteId, str]:
+        """Site -> its public key, of those that have one. (Not `keys`: dict(federation), which Prefect asks for, would call it.)"""
         return {site.name: site.key for site in self.sites if site.key}
 
     def without_keys(self) -> Federation:

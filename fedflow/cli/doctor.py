@@ -186,8 +186,10 @@ def _keys(federation: Federation | None) -> Iterator[Line]:
 
     yield from _attempt("coordinator's key", coordinator)[1]
     if federation is not None:
-        without = sorted(set(federation.names) - federation.keys.keys())
-        found = f"of {len(federation.keys)} of {len(federation.names)} sites; updates of the others count unsigned"
+        without = sorted(set(federation.names) - federation.public_keys.keys())
+        found = (
+            f"of {len(federation.public_keys)} of {len(federation.names)} sites; updates of the others count unsigned"
+        )
         yield Line("ok", "sites' keys", found, f"`fedflow site enroll` at {', '.join(without)}" if without else "")
 
 

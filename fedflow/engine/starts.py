@@ -33,7 +33,7 @@ def publish_federation(store: ObjectStore, federation: Federation) -> None:
         at=utc_now(),
         fedflow=__version__,
         sites=federation.names,
-        keys=federation.keys,
+        keys=federation.public_keys,
         coordinator=federation.coordinator_key,
     )
     store.put(f"{NAMES}/{federation.name}.json", record.to_bytes(), mode="overwrite")

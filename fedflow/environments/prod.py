@@ -73,8 +73,8 @@ class ProdEnv:
         the federation has a coordinator's key that is not here."""
         run = run_id or new_run_id(self.store, recipe)
         Keys.here(self.federation.coordinator_key)
-        journal = start_run(self.store, run, recipe, self.federation.names, self.federation.keys)
-        amend_run(journal, recipe, sites=self.federation.names, keys=self.federation.keys)
+        journal = start_run(self.store, run, recipe, self.federation.names, self.federation.public_keys)
+        amend_run(journal, recipe, sites=self.federation.names, keys=self.federation.public_keys)
         return self._launch(journal)
 
     def resume(self, run_id: str) -> Run:

@@ -109,9 +109,9 @@ def begin(recipe: Recipe, federation: Federation, run: str) -> Journal:
     warm_up(*recipe.server_modules())
     options, timeout = dict(federation.store_options), recipe.timeouts.round_deadline.total_seconds()
     with passed_on(get_run_logger().log):
-        start_in_child(place.store.url, options, run, recipe, federation.names, federation.keys, timeout=timeout)
+        start_in_child(place.store.url, options, run, recipe, federation.names, federation.public_keys, timeout=timeout)
     publish_federation(place.store, federation)
-    amend_run(place, recipe, sites=federation.names, keys=federation.keys)
+    amend_run(place, recipe, sites=federation.names, keys=federation.public_keys)
     return place
 
 

@@ -12,12 +12,14 @@
     │   └── RoundAborted           a person stopped it
     ├── SiteError                  something at one site; the round decides what it means
     │   ├── UpdateInvalid          an update that does not count, with the reason
+    │   ├── RecipeRefused          a recipe that the site's owner has not approved
     │   ├── TrainingInvalid        training code that cannot take part as it is; a retry would not help
     │   ├── SiteStateLost          the state that the plan names is not at the site
     │   └── OpeningClosed          the round went on without this site
     └── StoreError                 the object store
         ├── ObjectExists           a create-only write met an object
         ├── ObjectMissing, ObjectCorrupt
+        ├── SignatureInvalid       a record that its writer did not sign
         ├── StoreUnavailable       transient: may heal, worth a retry
         ├── StoreUnwritable        read-only, out of space, no permission
         └── KeyEscapesRoot         a key that leads out of its root
@@ -40,11 +42,13 @@ __all__ = [
     "OpeningClosed",
     "QuorumLost",
     "RecipeError",
+    "RecipeRefused",
     "ResolveError",
     "RoundAborted",
     "RoundError",
     "RunExists",
     "RunMissing",
+    "SignatureInvalid",
     "SiteError",
     "SiteStateLost",
     "StoreError",
@@ -126,6 +130,10 @@ class UpdateInvalid(SiteError):
     """An update that does not count; the text is the reason that manifest and UI show."""
 
 
+class RecipeRefused(SiteError):
+    """The site's owner has not approved the recipe; a retry would not help."""
+
+
 class TrainingInvalid(SiteError):
     """The site's training code cannot take part as it is; a retry would not help."""
 
@@ -152,6 +160,10 @@ class ObjectMissing(StoreError):
 
 class ObjectCorrupt(StoreError):
     """An object whose size or digest differs from what its reference says."""
+
+
+class SignatureInvalid(StoreError):
+    """A record without the signature of the one who is to have written it."""
 
 
 class StoreUnavailable(StoreError):

@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Iterable, Mapping
 from datetime import timedelta
+from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Protocol, Self, TypeVar
@@ -52,6 +53,8 @@ __all__ = [
     "Numerics",
     "Optimizer",
     "Recipe",
+    "Review",
+    "ReviewPolicy",
     "SiteConfig",
     "SiteOverrides",
     "Timeouts",
@@ -62,6 +65,9 @@ __all__ = [
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
 Name = Annotated[str, Field(pattern=NAME)]
 """Letters, digits, dot, dash, underscore; at most 63; it becomes part of keys, pools and deployments."""
+
+PublicKey = Annotated[str, Field(pattern=r"^ed25519:[A-Za-z0-9+/]{43}=$")]
+"""As `fedflow site enroll` prints it."""
 
 MAX_BACKOFF = timedelta(seconds=60)
 """The longest pause between two attempts of a site."""
@@ -528,9 +534,12 @@ class Recipe(Described):
 
     # -- reading and writing
     @classmethod
-    def load(cls, source: str | Path | Mapping[str, Any]) -> Recipe:
-        """A recipe from a YAML or JSON file, or from a mapping. Raises RecipeError naming field, found, expected, fix."""
-        return read_model(cls, source, "recipe")
+    def load(cls, source: str | Path | Mapping[str, Any], context: Mapping[str, Any] | None = None) -> Recipe:
+        """A recipe from a YAML or JSON file, or from a mapping. Raises RecipeError naming field, found, expected, fix.
+
+        context: as for `model_validate`: a site's `context` says what the recipe may name there
+        """
+        return read_model(cls, source, "recipe", context)
 
     def digest(self) -> str:
         """Digest of everything that a resume may not change."""
@@ -602,6 +611,8 @@ class FederationSite(Described):
     """Its work pool. Default: the site's name."""
     state: str | None = None
     """URL of the site's own state, where fedflow starts the site itself (PocEnv); otherwise the site's configuration has it."""
+    key: PublicKey | None = None
+    """The site's public key, as `fedflow site enroll` prints it there: only updates that it has signed count. Default: any do."""
 
     @model_validator(mode="before")
     @classmethod
@@ -625,6 +636,9 @@ class Federation(Described):
     coordinator_pool: Name = "coordinator"
     regions: list[FederationSite] = []
     """Regional aggregators, for `schedule: tree`: each has a work pool and a worker of its own."""
+    coordinator_key: PublicKey | None = None
+    """The coordinator's public key, as `fedflow enroll` prints it: whoever holds a round must have the other half, and sign. Default:
+    no key is asked for."""
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:
@@ -666,6 +680,16 @@ class Federation(Described):
     def names(self) -> list[SiteId]:
         return sorted(site.name for site in self.sites)
 
+    @property
+    def public_keys(self) -> dict[SiteId, str]:
+        """Site -> its public key, of those that have one. (Not `keys`: dict(federation), which Prefect asks for, would call it.)"""
+        return {site.name: site.key for site in self.sites if site.key}
+
+    def without_keys(self) -> Federation:
+        """The same, in which nobody signs."""
+        sites = [site.model_copy(update={"key": None}) for site in self.sites]
+        return self.model_copy(update={"sites": sites, "coordinator_key": None})
+
 
 class SiteLog(Described):
     """A site's log in a file, each line with the run, the round and the site that it is about."""
@@ -682,9 +706,54 @@ class SiteLog(Described):
     @field_validator("path")
     @classmethod
     def _absolute(cls, path: str) -> str:
-        if not Path(path).is_absolute() or not Path(path).parent.is_dir():
-            raise ValueError(f"found {path!r}, expected an absolute path in a folder that is there; make the folder")
-        return path
+        return _in_a_folder(path)
+
+
+class ReviewPolicy(Described):
+    """Recipes that need no approval at a site: all that is said here must fit. Arguments of models and workloads are not looked at."""
+
+    algorithms: Annotated[list[str], Field(min_length=1)]
+    """Patterns of algorithms' kinds ("fedavg", "scaffold")."""
+    models: list[str] = ["*"]
+    """Patterns of models' paths ("hospital.models:*")."""
+    workloads: list[str] = ["*"]
+    """Patterns of workloads' paths or short names."""
+    rounds: Annotated[int, Field(ge=1, strict=True)] | None = None
+    """At most so many."""
+
+    def objection(self, recipe: Recipe) -> str | None:
+        """What of `recipe` does not fit; None if all does."""
+        kind = recipe.model_dump(mode="json")["algorithm"]["kind"]
+        for field, found, patterns in (
+            ("algorithm", kind, self.algorithms),
+            ("model", recipe.model.path, self.models),
+            ("workload", recipe.workload.path, self.workloads),
+        ):
+            if not any(fnmatchcase(found, pattern) for pattern in patterns):
+                return f"{field}: found {found!r}, expected one of {patterns}"
+        if self.rounds is not None and recipe.rounds > self.rounds:
+            return f"rounds: found {recipe.rounds}, expected at most {self.rounds}"
+        return None
+
+
+class Review(Described):
+    """Which recipes a site trains."""
+
+    approved: str
+    """Absolute path of the file to which `fedflow site review --approve` adds; its folder is there."""
+    policy: ReviewPolicy | None = None
+    """What is approved without a person. Default: nothing."""
+
+    @field_validator("approved")
+    @classmethod
+    def _absolute(cls, path: str) -> str:
+        return _in_a_folder(path)
+
+
+def _in_a_folder(path: str) -> str:
+    if not Path(path).is_absolute() or not Path(path).parent.is_dir():
+        raise ValueError(f"found {path!r}, expected an absolute path in a folder that is there; make the folder")
+    return path
 
 
 class SiteConfig(Described):
@@ -708,6 +777,8 @@ class SiteConfig(Described):
     """What may be known of the tables here. Default: what the workload says, else NVFlare's."""
     workload_args: dict[str, JsonValue] = {}
     """Arguments of every workload here, over what the recipe says: paths of the data, for instance."""
+    data: list[str] = []
+    """Files and folders that workloads read here: the worker does not start where it cannot read them."""
     python_path: list[str] = []
     """Folders added to the import path."""
     preload: list[str] = []
@@ -725,6 +796,27 @@ class SiteConfig(Described):
     its owner has changed, found on the python_path."""
     api_url: str | None = None
     """URL of the Prefect API. Default: the environment's."""
+    key: str | None = None
+    """Absolute path of this site's private key, which `fedflow site enroll` makes: updates are signed with it. Default: they are not."""
+    coordinator_key: PublicKey | None = None
+    """The coordinator's public key: this site trains only for rounds that the coordinator has signed. Default: for any."""
+
+    review: Review | None = None
+    """Which recipes are trained here. Default: any that `allowed_imports` lets in."""
+    audit: str | None = None
+    """Absolute path of a file that gets a line, a JSON object, before anything is sent from here into the store. Default: none."""
+
+    @field_validator("audit")
+    @classmethod
+    def _placed(cls, path: str | None) -> str | None:
+        return None if path is None else _in_a_folder(path)
+
+    @field_validator("key")
+    @classmethod
+    def _absolute_key(cls, key: str | None) -> str | None:
+        if key is not None and not Path(key).is_absolute():
+            raise ValueError(f"found {key!r}, expected an absolute path; write {str(Path(key).absolute())!r}")
+        return key
 
     @field_validator("state")
     @classmethod
@@ -751,9 +843,17 @@ class SiteConfig(Described):
         if not path:
             fix = "start the worker with `fedflow site start --config FILE`"
             raise RecipeError(field_error(cls.environment_variable, None, "the path of the site's configuration", fix))
-        config = cls.load(path)
-        sys.path[:0] = [p for p in config.python_path if p not in sys.path]
-        return config
+        return cls.load(path).importable()
+
+    def importable(self) -> Self:
+        """This configuration, its python_path being importable from now on."""
+        sys.path[:0] = [p for p in self.python_path if p not in sys.path]
+        return self
+
+    @property
+    def context(self) -> dict[str, Any]:
+        """For `Recipe.model_validate`: what a recipe may name here."""
+        return {"allowed_imports": self.allowed_imports}
 
     @property
     def work_pool(self) -> str:
@@ -764,8 +864,13 @@ class SiteConfig(Described):
 M = TypeVar("M", bound=BaseModel)
 
 
-def read_model(cls: type[M], source: str | Path | Mapping[str, Any], what: str) -> M:
-    """`cls` from a YAML or JSON file or a mapping. Raises RecipeError in one line, never a traceback."""
+def read_model(
+    cls: type[M], source: str | Path | Mapping[str, Any], what: str, context: Mapping[str, Any] | None = None
+) -> M:
+    """`cls` from a YAML or JSON file or a mapping. Raises RecipeError in one line, never a traceback.
+
+    context: as for `Recipe.model_validate`
+    """
     import yaml
 
     if isinstance(source, Mapping):
@@ -788,7 +893,7 @@ def read_model(cls: type[M], source: str | Path | Mapping[str, Any], what: str) 
     if not isinstance(data, Mapping):
         raise RecipeError(field_error(what, data, "a mapping of fields", "see `fedflow init` for an example"))
     try:
-        return cls.model_validate(data)
+        return cls.model_validate(data, context=dict(context or {}))
     except ValidationError as error:
         raise RecipeError(f"{what}: {explain(error)}") from error
 

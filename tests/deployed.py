@@ -18,7 +18,8 @@ import yaml
 from fedflow.environments.prod import ProdEnv
 from fedflow.prefect.api import absence, connect
 from fedflow.prefect.worker import CoordinatorWorker, command
-from fedflow.recipe import Federation
+from fedflow.recipe import Federation, FederationSite
+from fedflow.store.signing import COORDINATOR_KEY, PrivateKey
 from tests.servers import PrefectServer, S3Server
 
 ROOT = Path(__file__).parents[1]
@@ -119,10 +120,20 @@ def _kill(processes: Sequence[psutil.Process]) -> None:
     awaited(lambda: not any(map(_alive, processes)), "processes that were killed end")
 
 
+def _enrolled(home: Path, federation: Federation) -> tuple[Federation, dict[str, dict[str, str]]]:
+    """The federation with keys that are made in `home`; site -> what its configuration says about them."""
+    coordinator = PrivateKey.create(home / "coordinator.key").public
+    made = {name: home / f"{name}.key" for name in federation.names}
+    sites = [FederationSite(name=name, key=PrivateKey.create(path).public) for name, path in made.items()]
+    identity = {name: {"key": str(path), "coordinator_key": coordinator} for name, path in made.items()}
+    return federation.model_copy(update={"sites": sites, "coordinator_key": coordinator}), identity
+
+
 class Deployed:
     """ProdEnv over a Prefect server and an S3 store, the workers started by the documented commands, as `with` begins.
 
     fields: site -> more fields of its configuration; environment: more variables of every worker
+    keys: the coordinator and every site have one, and sign; name: of the federation, its pools and sites, where the server has others
     It puts the store's credentials into this process's environment, since the coordinator's side here reads it too.
     """
 
@@ -135,11 +146,20 @@ class Deployed:
         sites: int = 3,
         environment: Mapping[str, str] | None = None,
         fields: Mapping[str, Mapping[str, Any]] | None = None,
+        keys: bool = False,
+        name: str | None = None,
     ) -> None:
         self.home, self._before = home, dict(os.environ)
         os.environ |= s3.env
         store = f"s3://{s3.new_bucket()}/federation"
         federation = Federation.of(sites, store=store)
+        if name is not None:
+            members = [FederationSite(name=f"{name}-{i + 1}") for i in range(sites)]
+            federation = Federation(name=name, sites=members, store=store, coordinator_pool=f"{name}-coordinator")
+        identity: dict[str, dict[str, str]] = {}
+        if keys:
+            federation, identity = _enrolled(home, federation)
+            os.environ[COORDINATOR_KEY] = str(home / "coordinator.key")
         variables = {**os.environ, **prefect.env, "PREFECT_WORKER_QUERY_SECONDS": "1", **(environment or {})}
         self.env = ProdEnv(federation, home=home, api_url=prefect.url)
         self.coordinator = Worker(
@@ -151,7 +171,8 @@ class Deployed:
         self.sites: dict[str, Worker] = {}
         for name in federation.names:
             config = home / f"{name}.yaml"
-            given = {"name": name, "store": store, "state": str(home / name), **(fields or {}).get(name, {})}
+            given = {"name": name, "store": store, "state": str(home / name), **identity.get(name, {})}
+            given |= (fields or {}).get(name, {})
             config.write_text(yaml.safe_dump(given))
             start = [sys.executable, "-m", "fedflow.cli", "site", "start", "--config", str(config)]
             self.sites[name] = Worker(name, start, variables, home / f"{name}.log")

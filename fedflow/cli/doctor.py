@@ -87,6 +87,7 @@ def _examine(recipe: Path | None, federation: Path | None, store: str | None) ->
         spec, lines = _attempt("recipe", lambda: _read_recipe(recipe, sites))
         yield from lines
         yield from _timeouts(spec) if spec else ()
+    yield from _keys(sites)
     yield from _store(store, sites)
     yield from _server(sites)
 
@@ -172,6 +173,24 @@ def _timeouts(recipe: Recipe) -> Iterator[Line]:
         given = "" if getattr(recipe.timeouts, name) is not None else "  (follows from round_deadline)"
         found = "none" if value is None else f"{duration(value.total_seconds())}{given}"
         yield Line("ok", name, found)
+
+
+# -- keys --------------------------------------------------------------------------------------------------------------
+def _keys(federation: Federation | None) -> Iterator[Line]:
+    """Who signs, and whether this machine can."""
+    from fedflow.store.signing import Keys
+
+    def coordinator() -> tuple[None, str]:
+        public = Keys.here(federation.coordinator_key if federation else None).public
+        return None, f"signs as {public}" if public else "signs nothing: no coordinator_key in the federation"
+
+    yield from _attempt("coordinator's key", coordinator)[1]
+    if federation is not None:
+        without = sorted(set(federation.names) - federation.public_keys.keys())
+        found = (
+            f"of {len(federation.public_keys)} of {len(federation.names)} sites; updates of the others count unsigned"
+        )
+        yield Line("ok", "sites' keys", found, f"`fedflow site enroll` at {', '.join(without)}" if without else "")
 
 
 # -- store and server --------------------------------------------------------------------------------------------------

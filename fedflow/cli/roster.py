@@ -20,7 +20,7 @@ def sites(
     """Show who is there, and how each site is.
 
     On the Prefect server that PREFECT_API_URL names: its worker, its version, what it runs, how its last rounds ended. Without
-    --federation all sites that are deployed there.
+    --federation all sites that are deployed there; with it also what was wrong at their last start, from its store.
     """
     from prefect.settings import get_current_settings
 
@@ -28,17 +28,21 @@ def sites(
     from fedflow.prefect.api import connect
     from fedflow.prefect.sites import deployed_sites, look
     from fedflow.recipe import Federation
+    from fedflow.store.objects import ObjectStore
 
     if not get_current_settings().api.url:
         fix = "prefect config set PREFECT_API_URL=http://HOST:4200/api"
         raise UserError(field_error("PREFECT_API_URL", None, "the Prefect API that the sites' workers use", fix))
     with connect() as client:
-        found = deployed_sites(client) if federation is None else Federation.load(federation).sites
+        spec = None if federation is None else Federation.load(federation)
+        found = deployed_sites(client) if spec is None else spec.sites
+        store = ObjectStore(spec.store, spec.store_options) if spec and spec.store else None
         known = [site.name for site in found]
         if unknown := sorted(set(names or []) - set(known)):
             expected = f"sites among {known}" if known else "sites that are deployed: none is"
             raise UserError(field_error("SITE", unknown, expected, "correct the names, or run `fedflow deploy`"))
-        rows = [status.row() for status in look(client, [site for site in found if not names or site.name in names])]
+        wanted = [site for site in found if not names or site.name in names]
+        rows = [status.row() for status in look(client, wanted, store)]
     if as_json:
         typer.echo(json.dumps(rows))
         return

@@ -18,7 +18,7 @@ from fedflow.errors import UserError
 if TYPE_CHECKING:
     from fedflow.environments import Run
 
-__all__ = ["deploy", "gate", "hold", "ui"]
+__all__ = ["deploy", "enroll", "gate", "hold", "ui"]
 
 
 def ui(run_id: RunId, home: Home = HOME) -> None:
@@ -91,3 +91,22 @@ def gate(
     from fedflow.prefect.gate import serve
 
     serve(host, port)
+
+
+def enroll(
+    key: Annotated[Path, typer.Argument(metavar="KEY", help="The file for the private key; one that is there stays.")],
+) -> None:
+    """Make the coordinator's key pair, and print its public key.
+
+    Whatever the coordinator writes for the sites is signed where FEDFLOW_COORDINATOR_KEY names the file: where its worker runs,
+    and where runs are started.
+    """
+    from fedflow.cli.sites import made_or_kept
+    from fedflow.store.signing import COORDINATOR_KEY
+
+    public = made_or_kept(key.absolute())
+    typer.echo(f"coordinator_key: {public}")
+    typer.echo(
+        f"next: this line into the federation file and every site's configuration; {COORDINATOR_KEY}={key.absolute()}",
+        err=True,
+    )

@@ -8,7 +8,7 @@ import select
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fedflow import errors
@@ -36,11 +36,18 @@ def warm_up(*modules: str) -> None:
 
 
 def start_in_child(
-    store: str, options: dict[str, Any], run: str, recipe: Recipe, sites: Sequence[SiteId], *, timeout: float
+    store: str,
+    options: dict[str, Any],
+    run: str,
+    recipe: Recipe,
+    sites: Sequence[SiteId],
+    keys: Mapping[SiteId, str],
+    *,
+    timeout: float,
 ) -> None:
     """Begin a run, or find it begun: the model is built and written there, and its memory given back. Raises what
     `start_run` raises."""
-    _call("start", [store, options, run, recipe.model_dump(mode="json"), list(sites)], timeout)
+    _call("start", [store, options, run, recipe.model_dump(mode="json"), list(sites), dict(keys)], timeout)
 
 
 def aggregate_in_child(
@@ -62,8 +69,10 @@ def _patient(journal: Journal) -> Journal:
     return Journal(journal.store.patient(limit), journal.run)
 
 
-def _start(store: str, options: dict[str, Any], run: str, recipe: dict[str, Any], sites: list[str]) -> None:
-    start_run(ObjectStore(store, options), run, Recipe.model_validate(recipe), sites)
+def _start(
+    store: str, options: dict[str, Any], run: str, recipe: dict[str, Any], sites: list[str], keys: dict[str, str]
+) -> None:
+    start_run(ObjectStore(store, options), run, Recipe.model_validate(recipe), sites, keys)
 
 
 def _aggregate(store: str, options: dict[str, Any], run: str, round: int, phase: str, opening: int) -> None:

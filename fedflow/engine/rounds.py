@@ -74,8 +74,12 @@ __all__ = [
 
 
 # -- the run -----------------------------------------------------------------------------------------------------------
-def start_run(store: ObjectStore, run: str, recipe: Recipe, sites: Sequence[SiteId]) -> Journal:
+def start_run(
+    store: ObjectStore, run: str, recipe: Recipe, sites: Sequence[SiteId], keys: Mapping[SiteId, str] | None = None
+) -> Journal:
     """Begin `run`, or find it begun: its record and its initial state, committed.
+
+    keys: site -> public key of who must sign its updates; of a site that is not there any count
 
     Raises RunExists where the id belongs to a run with another recipe, and whatever is wrong with model and checkpoint,
     before anything is written.
@@ -95,6 +99,8 @@ def start_run(store: ObjectStore, run: str, recipe: Recipe, sites: Sequence[Site
         created=utc_now(),
         recipe=recipe.model_dump(mode="json"),
         sites=sorted(sites),
+        coordinator=journal.keys.public,
+        keys=dict(keys or {}),
     )
     record = journal.create(wanted)
     begun = Recipe.model_validate(record.recipe)
@@ -139,9 +145,16 @@ def check_sites(recipe: Recipe, sites: Sequence[SiteId]) -> None:
 
 
 def amend_run(
-    journal: Journal, recipe: Recipe | None = None, sites: Sequence[SiteId] = (), **changes: object
+    journal: Journal,
+    recipe: Recipe | None = None,
+    sites: Sequence[SiteId] = (),
+    *,
+    keys: Mapping[SiteId, str] | None = None,
+    **changes: object,
 ) -> Recipe:
     """Write what a resume changes into the journal. recipe: the whole recipe as it should be now; changes: single fields.
+
+    sites: that join; keys: site -> its public key, where it has one
 
     Raises RunExists where another field than those of `AMENDABLE` differs.
     """
@@ -160,10 +173,11 @@ def amend_run(
         before, after = current.model_dump(mode="json"), wanted.model_dump(mode="json")
         changed = {field: after[field] for field in sorted(AMENDABLE) if before[field] != after[field]}
         joined = sorted(set(sites) - set(journal.sites()))
-        if not changed and not joined:
+        enrolled = {site: key for site, key in (keys or {}).items() if journal.pins.get(site) != key}
+        if not changed and not joined and not enrolled:
             return current
         number = len(journal.amendments()) + 1
-        journal.amend(Amendment(number=number, at=utc_now(), recipe=changed, sites=joined))
+        journal.amend(Amendment(number=number, at=utc_now(), recipe=changed, sites=joined, keys=enrolled))
 
 
 def _differences(old: Recipe, new: Recipe) -> str:

@@ -21,7 +21,9 @@ from torch import nn
 
 from fedflow import __version__
 from fedflow.algorithm import Algorithm
+from fedflow.engine.audit import audited
 from fedflow.engine.locks import held
+from fedflow.engine.review import check_approved
 from fedflow.errors import (
     FedflowError,
     KeyEscapesRoot,
@@ -29,10 +31,13 @@ from fedflow.errors import (
     ObjectExists,
     ObjectMissing,
     OpeningClosed,
+    RecipeRefused,
+    SignatureInvalid,
     SiteError,
     SiteStateLost,
     TrainingInvalid,
     UserError,
+    field_error,
 )
 from fedflow.local.model import build_model
 from fedflow.local.own import Registry, work_of
@@ -54,12 +59,13 @@ from fedflow.store.records import (
     finite,
     utc_now,
 )
+from fedflow.store.signing import Keys
 from fedflow.store.state import read_state, write_state
 from fedflow.store.tensors import StoredTensors, read_tensors, write_tensors
 from fedflow.tensors import LazyGroups
 from fedflow.types import RoundContext, SiteTask, Update
 
-__all__ = ["SiteWork", "failure_of", "hard_deadline", "killed_after", "site_step"]
+__all__ = ["SiteWork", "check_pinned", "failure_of", "hard_deadline", "killed_after", "site_journal", "site_step"]
 
 _log = logging.getLogger(__name__)
 
@@ -107,14 +113,16 @@ def site_step(
     workload, model: used in place of what the recipe names (for simulations in one process)
     progress: called after every optimizer step with (steps done, steps planned or None)
     unhurried: whether deadlines are of no matter here: no clock decides what a simulation's result is
-    Raises OpeningClosed where the round went on meanwhile, SiteStateLost, ResolveError, and whatever the training raises.
+    Raises OpeningClosed where the round went on meanwhile, SiteStateLost, ResolveError, SignatureInvalid where the coordinator
+    did not sign the round, RecipeRefused where the site's owner did not approve it, and whatever the training raises.
     """
-    root = store or ObjectStore(config.store, config.store_options)
-    journal = Journal(root, work.run)
-    recipe = journal.recipe({"allowed_imports": config.allowed_imports})
+    journal = site_journal(config, work, store)
+    recipe = journal.recipe(config.context)
+    check_approved(recipe, config, work.run)
     assert recipe.durations.transfer_timeout
-    root = root.patient(recipe.durations.transfer_timeout)
-    journal = Journal(root, work.run)
+    root = journal.store.patient(recipe.durations.transfer_timeout)
+    journal = Journal(root, work.run, journal.keys)
+    check_pinned(journal, config)
     plan, opening = _plan_of(journal, work)
     if config.name not in plan.tasks:
         raise SiteError("this site is not in the round's cohort", run=work.run, round=work.round, site=config.name)
@@ -156,6 +164,21 @@ def site_step(
     return manifest
 
 
+def site_journal(config: SiteConfig, work: SiteWork, store: ObjectStore | None = None) -> Journal:
+    """The journal of a run as the site of `config` reads it, signs it, and remembers what it sends."""
+    root = store or ObjectStore(config.store, config.store_options)
+    return Journal(audited(root, config, work.run, work.round, work.phase), work.run, Keys.at(config))
+
+
+def check_pinned(journal: Journal, config: SiteConfig) -> None:
+    """Raises UserError where the run asks for the signature of another key than this site has."""
+    pinned = journal.pins.get(config.name)
+    if pinned is not None and pinned != journal.keys.public:
+        expected = f"{pinned}, which the federation pins for {config.name}"
+        fix = "have the coordinator pin this site's key (`fedflow site enroll` prints it), or restore the old one"
+        raise UserError(field_error("key", journal.keys.public, expected, fix))
+
+
 def _plan_of(journal: Journal, work: SiteWork) -> tuple[Plan, Opening]:
     plan = journal.plan(work.round, work.phase)
     opening = next((o for o in journal.openings(plan) if o.number == work.opening), None) if plan else None
@@ -186,8 +209,8 @@ def _sent(journal: Journal, plan: Plan, opening: Opening, site: str, task: TaskR
     """This site's update for this task of the plan, if it was sent before and was not rejected."""
     for key in journal.store.list(journal.inbox(site, plan.round, plan.phase)):
         if key.endswith(".json") and key not in opening.rejected:
-            with contextlib.suppress(ValueError, ObjectMissing):
-                manifest = UpdateManifest.from_bytes(journal.store.get(key))
+            with contextlib.suppress(ValueError, ObjectMissing, SignatureInvalid):
+                manifest = journal.update(key)
                 if manifest.plan == plan.digest() and manifest.state_base == task.state_base:
                     return manifest
     return None
@@ -261,7 +284,7 @@ def _send(
     if key in opening.rejected:
         key = f"{key.removesuffix('.json')}-{opening.number}.json"
     with contextlib.suppress(ObjectExists):  # a zombie of this very attempt was quicker: its bytes are the same
-        journal.store.put(key, manifest.to_bytes())
+        journal.put_update(key, manifest)
     states.prune()
     return manifest
 
@@ -393,7 +416,10 @@ def failure_of(work: SiteWork, site: str, error: BaseException) -> Failure:
         attempt=work.attempt,
         reason=(error.reason if isinstance(error, FedflowError) else f"{type(error).__name__}: {error}")[:2000],
         traceback="" if foreseen else "".join(traceback.format_exception(error))[-20_000:],
-        heals=not isinstance(error, (UserError, SiteStateLost, TrainingInvalid, OpeningClosed, KeyEscapesRoot)),
+        heals=not isinstance(
+            error,
+            (UserError, SiteStateLost, TrainingInvalid, OpeningClosed, KeyEscapesRoot, SignatureInvalid, RecipeRefused),
+        ),
     )
 
 
@@ -404,9 +430,9 @@ def hard_deadline(work: SiteWork, config: SiteConfig) -> Iterator[None]:
     A thread with a timer, and SIGKILL; should that thread not get to run, the kernel's alarm clock a little later. No
     handler in the training code keeps it alive.
     """
-    journal = Journal(ObjectStore(config.store, config.store_options), work.run)
+    journal = site_journal(config, work)
     _, opening = _plan_of(journal, work)
-    durations = journal.recipe({"allowed_imports": config.allowed_imports}).durations
+    durations = journal.recipe(config.context).durations
     assert durations.train_timeout and durations.heartbeat
     left = min(durations.train_timeout, opening.deadline - utc_now() + durations.heartbeat)
 

@@ -92,7 +92,7 @@ class Checks:
 
     def _judged(self, site: SiteId, key: str) -> Contribution | str | None:
         try:
-            update = UpdateManifest.from_bytes(self.journal.store.get(key, at_most=MOST_MANIFEST))
+            update = self.journal.update(key, at_most=MOST_MANIFEST)
             if update.update_digest() in {self.plan.tasks[site].state_base, *self._counted.get(site, ())}:
                 return None
             if self.plan.again and self._is_for_later(site, update):
@@ -243,7 +243,7 @@ class Contributor:
     def manifest(self) -> UpdateManifest:
         key = self.contribution.key
         try:
-            manifest = UpdateManifest.from_bytes(self._verified(self.journal.store.get, key, at_most=MOST_MANIFEST))
+            manifest: UpdateManifest = self._verified(self.journal.update, key, at_most=MOST_MANIFEST)
         except ValueError as error:
             raise self._invalid(f"{key}: {first_problem(error)}") from error
         if manifest.update_digest() != self.contribution.update:

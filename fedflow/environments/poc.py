@@ -193,7 +193,7 @@ class Server:
 
 
 class PocEnv(ProdEnv):
-    """`federation` on this machine: everything that a deployment has, on free ports, in folders below `home`.
+    """`federation` on this machine: everything that a deployment has but keys, on free ports, in folders below `home`.
 
     It never touches the user's own Prefect configuration. Servers and workers start with the first run and stop with
     `close()`, or at the end of a `with` block; what they recorded stays in `home` and is there again the next time.
@@ -217,7 +217,7 @@ class PocEnv(ProdEnv):
     ) -> None:
         self.home = Path(home).resolve()
         wanted = Federation.of(federation) if isinstance(federation, int) else federation
-        placed = wanted.model_copy(update={"store": store or wanted.store or str(self.home / "store")})
+        placed = wanted.without_keys().model_copy(update={"store": store or wanted.store or str(self.home / "store")})
         self.server = Server(self.home / "prefect", database=database)
         self.environment = dict(environment or {})
         self._workers: dict[str, subprocess.Popen[bytes]] = {}

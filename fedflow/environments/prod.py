@@ -18,6 +18,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.states import Crashed
 
 from fedflow.engine import amend_run, start_run
+from fedflow.engine.starts import publish_federation
 from fedflow.environments.base import DEFAULT_HOME, Run
 from fedflow.environments.local import new_run_id, remember
 from fedflow.errors import UnreachableError, UserError
@@ -26,6 +27,7 @@ from fedflow.prefect.deploy import deploy_federation, training_deployment
 from fedflow.recipe import Federation, Recipe
 from fedflow.store.journal import Journal
 from fedflow.store.objects import ObjectStore
+from fedflow.store.signing import Keys
 
 __all__ = ["ProdEnv"]
 
@@ -61,15 +63,18 @@ class ProdEnv:
         self.store = ObjectStore(self.federation.store, self.federation.store_options)
 
     def deploy(self, recipe: Recipe | None = None) -> list[str]:
-        """Create or update the federation's pools and deployments; their names."""
+        """Create or update the federation's pools and deployments; their names. Lets the sites know whom it pins."""
+        publish_federation(self.store, self.federation)
         with connect(self.api_url) as client:
             return deploy_federation(client, self.federation, recipe=recipe, site_type=self.site_type)
 
     def execute(self, recipe: Recipe, *, run_id: str | None = None) -> Run:
-        """Start `recipe`; a run of that id with this recipe is resumed. Raises before anything is trained."""
+        """Start `recipe`; a run of that id with this recipe is resumed. Raises before anything is trained; UserError too, where
+        the federation has a coordinator's key that is not here."""
         run = run_id or new_run_id(self.store, recipe)
-        journal = start_run(self.store, run, recipe, self.federation.names)
-        amend_run(journal, recipe, sites=self.federation.names)
+        Keys.here(self.federation.coordinator_key)
+        journal = start_run(self.store, run, recipe, self.federation.names, self.federation.public_keys)
+        amend_run(journal, recipe, sites=self.federation.names, keys=self.federation.public_keys)
         return self._launch(journal)
 
     def resume(self, run_id: str) -> Run:

@@ -19,6 +19,7 @@ from fedflow.engine.logs import passed_on
 from fedflow.engine.results import excluded_in, outlined, result_of
 from fedflow.engine.rounds import Step, next_step, open_round, survey
 from fedflow.engine.rounds import delegate as engine_delegate
+from fedflow.engine.starts import read_start
 from fedflow.engine.summary import summarize_round
 from fedflow.errors import QuorumLost, SiteError, StoreUnwritable, UserError
 from fedflow.prefect.api import absent_sites, cancel, connected
@@ -30,16 +31,18 @@ from fedflow.recipe import Federation
 from fedflow.store.journal import Journal
 from fedflow.store.objects import ObjectStore
 from fedflow.store.records import Manifest, Opening, Plan
+from fedflow.store.signing import Keys
 
 RETRIES = 3
 SENDERS = 4  # requests at a time
 
 
 def journal_of(federation: Federation, run: str) -> Journal:
-    """The run's journal in the federation's store."""
+    """The run's journal in the federation's store. Raises UserError where the coordinator's key is not the federation's."""
     if federation.store is None:
         raise UserError("federation.store: missing, expected the URL of the shared object store; give it a value")
-    return Journal(ObjectStore(federation.store, federation.store_options), run)
+    keys = Keys.here(federation.coordinator_key)
+    return Journal(ObjectStore(federation.store, federation.store_options), run, keys)
 
 
 def _name() -> str:
@@ -119,6 +122,8 @@ def plan_and_open(
     before = journal.plan(step.round - 1, step.phase) if step.round else None
     with connected() as client:
         absent = absent_sites(client, federation, journal.sites(), journal.recipe().schedule.regional)
+        for site, said in {site: read_start(journal.store, site) for site in absent}.items():
+            absent[site] += f"; its last start: {said}" if said else ""
         late = at_work(client, journal.record().nonce, step.round) if before and before.late == "carry" else {}
         asked_again = journal.attempts(before) if before and before.again else []
         bases = {a.site: step.round - 1 for a in asked_again if a.attempt == 0}

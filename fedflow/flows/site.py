@@ -9,13 +9,11 @@ from prefect.client.schemas.objects import State
 from prefect.states import Cancelled, Completed
 
 from fedflow.engine.logs import passed_on
-from fedflow.engine.site import SiteWork, failure_of, hard_deadline, site_step
+from fedflow.engine.site import SiteWork, failure_of, hard_deadline, site_journal, site_step
 from fedflow.errors import OpeningClosed, SiteError
 from fedflow.prefect.artifacts import flat
 from fedflow.prefect.dispatch import SITE_FLOW
 from fedflow.recipe import SiteConfig
-from fedflow.store.journal import Journal
-from fedflow.store.objects import ObjectStore
 
 
 @flow(name=SITE_FLOW, description="Local training at a site, for one round.", persist_result=False)
@@ -48,8 +46,7 @@ def local_training(
     except OpeningClosed as error:
         return Cancelled(message=str(error))
     except BaseException as error:
-        journal = Journal(ObjectStore(config.store, config.store_options), run)
-        journal.put_failure(failure_of(work, site, error))
+        site_journal(config, work).put_failure(failure_of(work, site, error))
         raise
     log.info(
         "%d steps on %d examples in %.1f s: %s", update.steps, update.examples, update.seconds, flat(update.metrics)

@@ -13,6 +13,7 @@ from prefect.client.schemas.objects import FlowRun, State
 from fedflow.engine.child import start_in_child, warm_up
 from fedflow.engine.logs import passed_on
 from fedflow.engine.rounds import amend_run, next_step, record_abort, recording_outcome
+from fedflow.engine.starts import publish_federation
 from fedflow.engine.summary import summarize
 from fedflow.errors import RoundError
 from fedflow.flows.round import evaluate, federated_round, journal_of
@@ -108,8 +109,9 @@ def begin(recipe: Recipe, federation: Federation, run: str) -> Journal:
     warm_up(*recipe.server_modules())
     options, timeout = dict(federation.store_options), recipe.timeouts.round_deadline.total_seconds()
     with passed_on(get_run_logger().log):
-        start_in_child(place.store.url, options, run, recipe, federation.names, timeout=timeout)
-    amend_run(place, recipe, sites=federation.names)
+        start_in_child(place.store.url, options, run, recipe, federation.names, federation.public_keys, timeout=timeout)
+    publish_federation(place.store, federation)
+    amend_run(place, recipe, sites=federation.names, keys=federation.public_keys)
     return place
 
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
-from functools import partial
 
 from prefect.artifacts import create_table_artifact
 from prefect.client.orchestration import SyncPrefectClient
@@ -15,10 +14,12 @@ from prefect.client.schemas.filters import FlowFilter, FlowFilterName, FlowRunFi
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.sorting import FlowRunSort
 
+from fedflow.engine.starts import read_start
 from fedflow.prefect.api import Taker, presence, taker
 from fedflow.prefect.artifacts import artifact_key
 from fedflow.prefect.dispatch import SITE_FLOW
 from fedflow.recipe import Federation, FederationSite
+from fedflow.store.objects import ObjectStore
 from fedflow.types import SiteId
 
 __all__ = ["SiteStatus", "deployed_sites", "look", "publish_sites"]
@@ -42,6 +43,7 @@ class SiteStatus:
 
     seen: its worker's last heartbeat; absent: why it cannot be asked, None where it can
     took: the newest of its flow runs that a worker took
+    start: what its worker found wrong at its last start
     doing: the flow runs that it has now; rounds: how the last ones ended, the newest first; failures: how many failed of them
     """
 
@@ -49,6 +51,7 @@ class SiteStatus:
     seen: datetime | None
     absent: str | None
     took: Taker | None
+    start: str
     doing: tuple[str, ...]
     rounds: tuple[str, ...]
     failures: int
@@ -61,6 +64,7 @@ class SiteStatus:
             "last seen": f"{self.seen:%Y-%m-%d %H:%M:%S} UTC" if self.seen else "never",
             "version": f"fedflow {self.took.fedflow}, Prefect {self.took.prefect}" if self.took else "",
             "machine": self.took.host if self.took else "",
+            "at its start": self.start,
             "runs": "; ".join(self.doing),
             "last rounds": "; ".join(self.rounds),
             "failures": f"{self.failures} of the last {LAST}" if self.failures else "",
@@ -76,13 +80,15 @@ def deployed_sites(client: SyncPrefectClient) -> list[FederationSite]:
     return sorted(found, key=lambda site: site.name)
 
 
-def look(client: SyncPrefectClient, sites: Sequence[FederationSite]) -> list[SiteStatus]:
-    """Each site, in three requests."""
+def look(
+    client: SyncPrefectClient, sites: Sequence[FederationSite], store: ObjectStore | None = None
+) -> list[SiteStatus]:
+    """Each site, in three requests. store: where the sites leave word of their starts"""
     with ThreadPoolExecutor(LOOKERS) as pool:
-        return list(pool.map(partial(_look, client), sites))
+        return list(pool.map(lambda site: _look(client, site, store), sites))
 
 
-def _look(client: SyncPrefectClient, site: FederationSite) -> SiteStatus:
+def _look(client: SyncPrefectClient, site: FederationSite, store: ObjectStore | None) -> SiteStatus:
     newest_first = FlowRunSort.EXPECTED_START_TIME_DESC
     ours = FlowRunFilter(tags=FlowRunFilterTags(all_=["fedflow", f"site:{site.name}"]))
     runs = client.read_flow_runs(flow_run_filter=ours, sort=newest_first, limit=LAST)
@@ -96,6 +102,7 @@ def _look(client: SyncPrefectClient, site: FederationSite) -> SiteStatus:
         seen=seen,
         absent=absent,
         took=took,
+        start=read_start(store, site.name) if store else "",
         doing=tuple(f"{run.name} ({run.state_name})" for run in runs if run.state_type not in _OVER),
         rounds=tuple(f"{run.name.removesuffix(f' · {site.name}')}: {_ended(run)}" for run in over[:3]),
         failures=sum(run.state_type in _FAILED for run in over),
@@ -117,7 +124,8 @@ def publish_sites(client: SyncPrefectClient, federation: Federation, *, last: bo
     if not last and since < max(EVERY, PER_SITE * len(federation.sites)):
         return
     _published[federation.name] = time.monotonic()
-    rows = [status.row() for status in look(client, federation.sites)]
+    store = ObjectStore(federation.store, federation.store_options) if federation.store else None
+    rows = [status.row() for status in look(client, federation.sites, store)]
     absent = sum(row["worker"] != "there" for row in rows)
     described = f"{federation.name}: {len(rows)} sites, {absent} absent"
     create_table_artifact(table=rows, key=artifact_key(federation.name, "sites"), description=described)

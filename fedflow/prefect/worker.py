@@ -13,12 +13,12 @@ import json
 import logging
 import math
 import os
+import re
 import signal
 import sys
 import time
 from base64 import b64encode
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from email.utils import parsedate_to_datetime
 from functools import partial
 from importlib import import_module
 from inspect import isawaitable
@@ -36,6 +36,7 @@ from prefect.events import emit_event
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import (
     PREFECT_API_AUTH_STRING,
+    PREFECT_API_URL,
     PREFECT_CLIENT_CSRF_SUPPORT_ENABLED,
     PREFECT_CLIENT_CUSTOM_HEADERS,
     PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
@@ -47,12 +48,13 @@ from prefect.states import Crashed
 from fedflow.engine.forks import Child, ForkServer, Line
 from fedflow.engine.locks import held, holder, remove
 from fedflow.engine.logs import LogFile
-from fedflow.errors import ResolveError
+from fedflow.engine.starts import report_start
+from fedflow.errors import FedflowError, ResolveError, UserError
 from fedflow.prefect import private
 from fedflow.prefect.api import OUTAGE
 from fedflow.prefect.pace import IDLE, Pace
+from fedflow.prefect.starting import clock_problem, examine, worker_lock, worker_name
 from fedflow.recipe import SiteConfig
-from fedflow.store.records import utc_now
 
 __all__ = ["CoordinatorWorker", "SiteWorker", "command", "credential", "environment", "start"]
 
@@ -61,7 +63,6 @@ TICK = 0.5  # seconds between two looks how much memory a child holds
 STOPPED = (StateType.CANCELLING, StateType.CANCELLED)  # of a flow run that is not to run
 CANCELLED = "cancelled"
 STOPPED_TOO = "its worker was stopped"
-CLOCK = 60  # seconds that a machine's clock may differ from the server's
 
 
 class FlowWorker(private.FlowWorkerBase):
@@ -149,14 +150,8 @@ class FlowWorker(private.FlowWorkerBase):
             told = (await self.client.hello()).headers.get("date")
         except OUTAGE:
             return
-        ahead = (utc_now() - parsedate_to_datetime(told)).total_seconds() if told else 0.0
-        if abs(ahead) > CLOCK:
-            self._logger.error(
-                "clock: found this machine's %.0f s %s the Prefect server's, expected at most %d s between them; set it",
-                abs(ahead),
-                "ahead of" if ahead > 0 else "behind",
-                CLOCK,
-            )
+        if why := clock_problem(told):
+            self._logger.error("%s", why)
 
     async def work_on(self, flow_run: FlowRun) -> int:
         """Fork, watch, and stop the child where its flow run is cancelled. Raises ResolveError for a foreign flow."""
@@ -271,7 +266,16 @@ class SiteWorker(FlowWorker):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.config = SiteConfig.here()
         log_to_file(self.config)
+        self._lock = worker_lock(PREFECT_API_URL.value() or "", self.config.work_pool)
+        self._alone = held(self._lock)
         super().__init__(*args, **kwargs)
+
+    async def setup(self) -> None:
+        """As every one of ours; and holds this machine's lock of its work pool, which ends with its process."""
+        if (process := holder(self._lock)) is not None:
+            self._logger.error("%s has another worker on this machine, process %d: waiting", self.config.name, process)
+        await anyio.to_thread.run_sync(self._alone.__enter__)
+        await super().setup()
 
     def fork_server(self) -> ForkServer:
         return ForkServer([self.preload], self.config.start, later=["torch._dynamo"])  # what torch.optim imports
@@ -379,8 +383,45 @@ def credential() -> dict[str, str]:
     return {"PREFECT_CLIENT_CUSTOM_HEADERS": json.dumps(headers)}
 
 
-def start(config: SiteConfig, path: Path) -> None:
-    """Become the worker of `config`'s site. Does not return."""
-    args = command(config.work_pool, config.name, SiteWorker.type)
+def start(config: SiteConfig, path: Path, *, patience: float = 0.0, say: Callable[[str], None]) -> None:
+    """Become the worker of `config`'s site. Does not return.
+
+    What is wrong is told to `say`, and left in the store for the coordinator; `patience`: seconds that a server, or another worker
+    of this name, is waited for. Raises UserError where the worker cannot start.
+    """
+    _examine(config, patience, say)
+    args = command(config.work_pool, worker_name(config.name), SiteWorker.type)
     own = {**credential(), **environment(config, path)}
     os.execve(args[0], args, {"PREFECT_WORKER_QUERY_SECONDS": str(IDLE), **os.environ, **own})
+
+
+def _examine(config: SiteConfig, patience: float, say: Callable[[str], None]) -> None:
+    """Returns when the worker may start. Raises UserError with what hinders it, and does not pass."""
+    until, told = time.monotonic() + patience, set[str]()
+    while True:
+        problems = examine(config)
+        hinders = [p for p in problems if p.then != "starts"]
+        over = time.monotonic() >= until
+        stops = [p for p in hinders if p.then == "stops" or over]
+        new = [p for p in problems if _alike(p.text) not in told]
+        told |= {_alike(p.text) for p in new}
+        if new or not hinders:
+            try:
+                report_start(config, [p.text for p in problems], starts=not hinders)
+            except FedflowError as error:
+                say(f"the coordinator cannot be told: {error}")
+        if stops:
+            raise UserError("; ".join(p.text for p in stops))
+        for problem in new:
+            say(problem.text if problem.then == "starts" else f"{problem.text}; waiting for it to pass")
+        if not hinders:
+            return
+        time.sleep(min(WAIT, max(until - time.monotonic(), 0.0)))
+
+
+def _alike(text: str) -> str:
+    """The text without its numbers: seconds go by."""
+    return re.sub(r"\d+", "", text)
+
+
+WAIT = 3.0  # seconds between two looks at what may pass

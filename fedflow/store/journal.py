@@ -13,12 +13,21 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from fedflow.errors import ObjectCorrupt, ObjectExists, ObjectMissing, RunMissing
+from fedflow.errors import (
+    ObjectCorrupt,
+    ObjectExists,
+    ObjectMissing,
+    RunMissing,
+    SignatureInvalid,
+    UserError,
+    field_error,
+)
 from fedflow.recipe import Recipe, explain
 from fedflow.store.objects import ObjectStore
 from fedflow.store.records import (
@@ -33,8 +42,10 @@ from fedflow.store.records import (
     Plan,
     Reduced,
     RunRecord,
+    UpdateManifest,
     _Record,
 )
+from fedflow.store.signing import COORDINATOR_KEY, Keys, is_signed_by, message
 from fedflow.types import SiteId
 
 __all__ = ["INITIAL", "Journal", "list_runs"]
@@ -50,10 +61,14 @@ def step_path(round: int, phase: str) -> str:
 
 
 class Journal:
-    """The journal of one run in a store. Records are read again on every call: another process may have written them."""
+    """The journal of one run in a store. Records are read again on every call: another process may have written them.
 
-    def __init__(self, store: ObjectStore, run: str) -> None:
+    keys: what is written is signed with, and who must have signed what is read; default: the coordinator's, if it has any
+    """
+
+    def __init__(self, store: ObjectStore, run: str, keys: Keys | None = None) -> None:
         self.store, self.run = store, run
+        self.keys = Keys.here() if keys is None else keys
         self.public, self.server = f"public/{run}", f"server/{run}"
 
     # -- the run
@@ -70,6 +85,7 @@ class Journal:
         return found
 
     def amend(self, amendment: Amendment) -> Amendment:
+        self.__dict__.pop("pins", None)
         return self._create(f"{self.public}/amendments/{amendment.number:05d}.json", amendment)
 
     def amendments(self) -> list[Amendment]:
@@ -86,6 +102,19 @@ class Journal:
         """Every site of the federation, in order."""
         joined = [site for amendment in self.amendments() for site in amendment.sites]
         return sorted({*self.record().sites, *joined})
+
+    @cached_property
+    def begun(self) -> RunRecord:
+        """`record()`, read once: it never changes."""
+        return self.record()
+
+    @cached_property
+    def pins(self) -> dict[SiteId, str]:
+        """Site -> the public key of who must have signed its records, with every amendment; read once."""
+        with contextlib.suppress(RunMissing):
+            amended = [amendment.keys for amendment in self.amendments()]
+            return {site: key for keys in (self.begun.keys, *amended) for site, key in keys.items()}
+        return {}
 
     # -- a round's phase
     def plan(self, round: int, phase: str) -> Plan | None:
@@ -161,9 +190,18 @@ class Journal:
 
     def failure(self, plan: Plan, site: SiteId, opening: int, attempt: int) -> Failure | None:
         """What the site said of an attempt that failed; None if it said nothing, or nothing that can be read."""
-        with contextlib.suppress(ObjectCorrupt):
+        with contextlib.suppress(ObjectCorrupt, SignatureInvalid):
             return self._read(self._failure(site, plan.round, plan.phase, opening, attempt), Failure)
         return None
+
+    def put_update(self, key: str, manifest: UpdateManifest) -> None:
+        """Raises ObjectExists."""
+        self.store.put(key, manifest.to_bytes(self._sign(key, manifest)))
+
+    def update(self, key: str, *, at_most: int | None = None) -> UpdateManifest:
+        """The update's manifest under `key`. Raises ValueError where it is not as it was written, SignatureInvalid where it is
+        not signed as the run asks for it."""
+        return UpdateManifest.from_bytes(self.store.get(key, at_most=at_most), self._check(key, UpdateManifest))
 
     def _failure(self, site: SiteId, round: int, phase: str, opening: int, attempt: int) -> str:
         return f"sites/{site}/{self.run}/failures/{round:05d}.{phase}.{opening}.{attempt}.json"
@@ -237,7 +275,7 @@ class Journal:
     # -- records
     def _create(self, key: str, record: R) -> R:
         try:
-            self.store.put(key, record.to_bytes())
+            self.store.put(key, record.to_bytes(self._sign(key, record)))
             return record
         except ObjectExists:
             found = self._read(key, type(record))
@@ -250,11 +288,58 @@ class Journal:
         except ObjectMissing:
             return None
         try:
-            return cls.from_bytes(data)
+            return cls.from_bytes(data, self._check(key, cls))
         except ValueError as error:
             raise ObjectCorrupt(
                 f"{key}: found {first_problem(error)}, expected a {cls.__name__} as it was written; restore it"
             ) from error
+
+    def _sign(self, key: str, record: _Record) -> Callable[[str], str | None]:
+        """Digest -> the signature of a record that is written under `key`. Raises UserError where the coordinator's key is not
+        here, though the run's records are signed."""
+        kind, own = type(record), self.keys.own
+        if kind.signer == "coordinator":
+            expected = record.coordinator if isinstance(record, RunRecord) else self._coordinator()
+            if expected != self.keys.public:
+                fix = f"set {COORDINATOR_KEY} as it was when the run began, or start a new run"
+                raise UserError(field_error(COORDINATOR_KEY, self.keys.public, f"the private key of {expected}", fix))
+        if kind.signer is None or own is None:
+            return lambda digest: None
+        nonce = self._nonce(kind)
+        return lambda digest: own.sign(message(kind.__name__, nonce, key, digest))
+
+    def _nonce(self, kind: type[_Record]) -> str:
+        """What binds a signature to this run; a run's own record has it in its digest."""
+        return "" if kind is RunRecord else self.begun.nonce
+
+    def _coordinator(self) -> str | None:
+        """Who signs the coordinator's records of this run."""
+        with contextlib.suppress(RunMissing):
+            return self.begun.coordinator
+        return self.keys.public
+
+    def _check(self, key: str, kind: type[_Record]) -> Callable[[str, str | None], None]:
+        """Raises SignatureInvalid where a record under `key` has not the signature that this process asks for."""
+        expected = self._signer(key, kind)
+
+        def check(digest: str, signature: str | None) -> None:
+            if expected is None:
+                return
+            signed = message(kind.__name__, self._nonce(kind), key, digest)
+            if signature is None or not is_signed_by(expected, signed, signature):
+                found = "none" if signature is None else "one of another key, run or place"
+                fix = "whoever wrote it had not that key"
+                raise SignatureInvalid(f"signature of {key}: found {found}, expected that of {expected}; {fix}")
+
+        return check
+
+    def _signer(self, key: str, kind: type[_Record]) -> str | None:
+        """The public key of who must have signed such a record; None where nobody asks."""
+        if kind.signer == "coordinator":
+            return self.keys.coordinator
+        if kind.signer == "site":
+            return self.keys.public if self.keys.at_site else self.pins.get(key.split("/")[1])
+        return None
 
     def _read_all(self, prefix: str, cls: type[R]) -> list[R]:
         found = (self._read(key, cls) for key in self.store.list(prefix) if key.endswith(".json"))

@@ -174,6 +174,10 @@ def _flat(data: Data) -> memoryview:
 # --- the store -------------------------------------------------------------------------------------------------------
 
 
+Telling = Callable[[str, int, str], None]
+"""Is told key, bytes and digest of what is about to be written."""
+
+
 class ObjectStore:
     """Objects under one root URL, create-only unless asked otherwise.
 
@@ -196,12 +200,17 @@ class ObjectStore:
 
     def __init__(self, url: str, options: Mapping[str, Any] | None = None) -> None:
         self.url, self._backend = connect(os.fspath(url), dict(options or {}))
+        self._tell: Telling | None = None
 
     @classmethod
-    def _of(cls, url: str, backend: Backend) -> Self:
+    def _of(cls, url: str, backend: Backend, tell: Telling | None) -> Self:
         store = cls.__new__(cls)
-        store.url, store._backend = url, backend
+        store.url, store._backend, store._tell = url, backend, tell
         return store
+
+    def telling(self, tell: Telling) -> ObjectStore:
+        """The same store, which calls `tell(key, bytes, digest)` before it sends anything; what that raises stops it."""
+        return self._of(self.url, self._backend, tell)
 
     def __repr__(self) -> str:
         return f"ObjectStore({self.url!r})"
@@ -211,14 +220,14 @@ class ObjectStore:
 
     def child(self, prefix: str) -> ObjectStore:
         """The store of all keys below `prefix`, over the same connection. Its keys cannot lead out of it."""
-        return self._of(f"{self.url}/{self._checked(prefix)}", self._backend.at(prefix))
+        return self._of(f"{self.url}/{self._checked(prefix)}", self._backend.at(prefix), self._tell)
 
     def patient(self, limit: timedelta) -> ObjectStore:
         """The same store, which gives up a transfer after `limit` without a byte, and repeats requests that fail for as long.
 
         S3, GCS and Azure only: elsewhere the operating system or the backend decides.
         """
-        return self._of(self.url, self._backend.patient(limit))
+        return self._of(self.url, self._backend.patient(limit), self._tell)
 
     def put(self, key: str, data: Data, *, mode: Literal["create", "overwrite"] = "create") -> None:
         """Store `data` under `key`: whole, durable and visible to all when this returns.
@@ -229,6 +238,8 @@ class ObjectStore:
         if mode not in ("create", "overwrite"):
             raise ValueError(f"mode: found {mode!r}, expected 'create' or 'overwrite'")
         write = self._backend.create if mode == "create" else self._backend.overwrite
+        if self._tell is not None:
+            self._tell(key, len(_flat(data)), digest(data))
         with self._errors(mode, self._checked(key)):
             write(key, _flat(data))
 
@@ -312,6 +323,8 @@ class ObjectStore:
             there = False
         if there:
             return ref
+        if self._tell is not None:
+            self._tell(ref.key, ref.size, ref.digest)
         if self.write_stream(ref.key, parts(), chunk_size=chunk_size, size=ref.size) != ref:
             raise self._corrupt(ref.key, ref.digest, "other bytes when they were sent than when they were measured")
         return ref
@@ -327,7 +340,7 @@ class ObjectStore:
     ) -> ObjectRef:
         """Store the parts, one after the other, as one object; memory holds a few parts, not the object.
 
-        For objects whose name determines their content: an object that is there is replaced. If `parts` raises, its
+        For objects whose name determines their content: an object that is there is replaced, and nobody is told. If `parts` raises, its
         error passes through and nothing is written. (Backends other than local and cloud join the parts in memory.)
 
         size: bytes of all parts, about, where it may be more than the 78 GiB that S3 takes in requests of 8 MiB

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from functools import cached_property
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from blake3 import blake3
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
@@ -23,6 +23,7 @@ __all__ = [
     "Contribution",
     "Evaluation",
     "Failure",
+    "FederationRecord",
     "Manifest",
     "Opening",
     "Outcome",
@@ -30,6 +31,7 @@ __all__ = [
     "Reduced",
     "RunRecord",
     "SiteRecord",
+    "SiteStart",
     "SiteStateRecord",
     "StateRecord",
     "TaskRecord",
@@ -45,26 +47,43 @@ Count = Annotated[int, Field(strict=True, gt=-(2**53), lt=2**53)]
 """A whole number as a site sends it: whatever it is, arithmetic with it ends in a number."""
 
 
+def _unsigned(digest: str) -> str | None:
+    return None
+
+
+def _unseen(digest: str, signature: str | None) -> None:
+    """Nobody asks who wrote it."""
+
+
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+
+    signer: ClassVar[Literal["coordinator", "site"] | None] = None
+    """Who signs it, where there are keys."""
 
     def digest(self) -> str:
         """Digest of the record's canonical JSON."""
         return _digest(self.model_dump(mode="json"))
 
-    def to_bytes(self) -> bytes:
-        """Canonical JSON with the record's own digest in it, so that no byte of it can change unseen."""
-        return self._encoded()[0]
+    def to_bytes(self, sign: Callable[[str], str | None] = _unsigned) -> bytes:
+        """Canonical JSON with the record's own digest in it, so that no byte of it can change unseen, and the signature that
+        `sign` gives that digest."""
+        return self._encoded(sign)[0]
 
-    def _encoded(self) -> tuple[bytes, str]:
+    def _encoded(self, sign: Callable[[str], str | None]) -> tuple[bytes, str]:
         """`to_bytes`, and the digest; each field is encoded once."""
         fields = {name: canonical_json(value) for name, value in self.model_dump(mode="json").items()}
         digest = f"blake3:{blake3(_joined(fields)).hexdigest()}"
-        return _joined({**fields, "digest": canonical_json(digest)}), digest
+        signature = sign(digest)
+        signed = {} if signature is None else {"signature": canonical_json(signature)}
+        return _joined({**fields, "digest": canonical_json(digest), **signed}), digest
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Self:
-        """Raises ValueError, and nothing else, where a byte is not as it was written or a field not as it should be."""
+    def from_bytes(cls, data: bytes, check: Callable[[str, str | None], None] = _unseen) -> Self:
+        """Raises ValueError, and nothing else, where a byte is not as it was written or a field not as it should be.
+
+        check: called with digest and signature; what it raises goes on
+        """
         try:
             fields = json.loads(data)
             canonical = isinstance(fields, dict) and canonical_json(fields) == data
@@ -72,9 +91,12 @@ class _Record(BaseModel):
             raise ValueError("JSON nested too deeply") from None
         if not canonical:
             raise ValueError("not the canonical JSON of a record")
-        digest = fields.pop("digest", None)
+        digest, signature = fields.pop("digest", None), fields.pop("signature", None)
+        if not isinstance(signature, str | None):
+            raise ValueError("a signature that is no text")
         if digest != _digest(fields):
             raise ValueError(f"digest {_digest(fields)}, expected {digest}")
+        check(digest, signature)
         try:
             return cls.model_validate(fields)
         except StoreError as error:  # from an ObjectRef in it
@@ -91,8 +113,13 @@ def _digest(fields: dict[str, Any]) -> str:
 
 
 class RunRecord(_Record):
-    """`public/<run>/run.json`: what the run is. nonce: tells this run from any other that ever had its name."""
+    """`public/<run>/run.json`: what the run is. nonce: tells this run from any other that ever had its name.
 
+    coordinator: public key of who signs the coordinator's records; None: they are not signed
+    keys:        site -> public key of who signs that site's; one that is not there need not sign
+    """
+
+    signer = "coordinator"
     format: Literal[1] = 1
     fedflow: str
     run: str
@@ -100,15 +127,20 @@ class RunRecord(_Record):
     created: datetime
     recipe: dict[str, JsonValue]
     sites: list[SiteId]
+    coordinator: str | None = None
+    keys: dict[SiteId, str] = {}
 
 
 class Amendment(_Record):
-    """`public/<run>/amendments/<n>.json`: what a resume changed. recipe: fields with their new values; sites: joined."""
+    """`public/<run>/amendments/<n>.json`: what a resume changed. recipe: fields with their new values; sites: joined; keys: of
+    sites that have new ones."""
 
+    signer = "coordinator"
     number: int
     at: datetime
     recipe: dict[str, JsonValue] = {}
     sites: list[SiteId] = []
+    keys: dict[SiteId, str] = {}
 
 
 class TaskRecord(_Record):
@@ -132,6 +164,7 @@ class Plan(_Record):
     regions:   regional aggregator -> sites whose updates it sums up
     """
 
+    signer = "coordinator"
     run: str
     nonce: str
     round: int
@@ -157,6 +190,7 @@ class Opening(_Record):
     rejected: keys of manifests that did not count in earlier openings and are not looked at again
     """
 
+    signer = "coordinator"
     number: int
     opened: datetime
     deadline: datetime
@@ -189,6 +223,7 @@ class UpdateManifest(_Record):
     The fields up to `state` decide `update_digest`; the rest (attempt, seconds, ...) does not.
     """
 
+    signer = "site"
     format: Literal[1] = 1
     run: str
     nonce: str
@@ -226,6 +261,7 @@ class UpdateManifest(_Record):
 class Failure(_Record):
     """`sites/<site>/<run>/failures/…json`: why an attempt failed, as the site tells it. heals: whether a retry may help."""
 
+    signer = "site"
     site: SiteId
     round: int
     phase: str
@@ -251,6 +287,7 @@ class Closing(_Record):
     quorate: whether the round can be committed; if not it stays open for another opening
     """
 
+    signer = "coordinator"
     opening: int
     revision: int = 0
     closed: datetime
@@ -358,6 +395,7 @@ class Manifest(_Record):
     aggregator: site at which it was aggregated; None: at the coordinator
     """
 
+    signer = "coordinator"
     format: Literal[1] = 1
     run: str
     nonce: str
@@ -389,8 +427,8 @@ class Manifest(_Record):
     def digest(self) -> str:
         return self.own_digest
 
-    def to_bytes(self) -> bytes:
-        data, self.__dict__["own_digest"] = self._encoded()
+    def to_bytes(self, sign: Callable[[str], str | None] = _unsigned) -> bytes:
+        data, self.__dict__["own_digest"] = self._encoded(sign)
         return data
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
@@ -401,6 +439,28 @@ class Manifest(_Record):
     def objects(self) -> list[ObjectRef]:
         """Every object that this manifest names."""
         return [*self.state.tensors.values(), *self.model.values(), *self.broadcast.values()]
+
+
+class FederationRecord(_Record):
+    """`public/_federation/<name>.json`: a federation as its coordinator saw it last. keys: site -> the public key that it pins"""
+
+    name: str
+    at: datetime
+    fedflow: str
+    sites: list[SiteId]
+    keys: dict[SiteId, str] = {}
+    coordinator: str | None = None
+
+
+class SiteStart(_Record):
+    """`sites/<site>/_start.json`: what a site's worker found wrong when it started; starts: whether it did all the same."""
+
+    site: SiteId
+    at: datetime
+    host: str
+    fedflow: str
+    problems: list[str]
+    starts: bool
 
 
 class Outcome(_Record):

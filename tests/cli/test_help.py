@@ -29,10 +29,12 @@ COMMANDS = [
         "ui",
         "deploy",
         "gate",
+        "enroll",
         "doctor",
         "sites",
     ),
-    *("runs ls", "runs show", "recipe schema", "recipe check", "site start"),
+    *("runs ls", "runs show", "recipe schema", "recipe check"),
+    *("site enroll", "site try", "site review", "site audit", "site start"),
     *("store verify", "store gc"),
 ]
 

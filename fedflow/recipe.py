@@ -682,13 +682,13 @@ class Federation(Described):
 
     @property
     def public_keys(self) -> dict[SiteId, str]:
-        """Site -> its public key, of those that have one. (Not `keys`: dict(federation), which Prefect asks for, would call it.)"""
-        return {site.name: site.key for site in self.sites if site.key}
+        """Site, or regional aggregator -> its public key, of those that have one. (Not `keys`: dict(federation), which Prefect asks for, would call it.)"""
+        return {workplace.name: workplace.key for workplace in self.workplaces if workplace.key}
 
     def without_keys(self) -> Federation:
         """The same, in which nobody signs."""
-        sites = [site.model_copy(update={"key": None}) for site in self.sites]
-        return self.model_copy(update={"sites": sites, "coordinator_key": None})
+        sites, regions = ([w.model_copy(update={"key": None}) for w in part] for part in (self.sites, self.regions))
+        return self.model_copy(update={"sites": sites, "regions": regions, "coordinator_key": None})
 
 
 class SiteLog(Described):

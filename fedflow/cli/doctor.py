@@ -186,10 +186,9 @@ def _keys(federation: Federation | None) -> Iterator[Line]:
 
     yield from _attempt("coordinator's key", coordinator)[1]
     if federation is not None:
-        without = sorted(set(federation.names) - federation.public_keys.keys())
-        found = (
-            f"of {len(federation.public_keys)} of {len(federation.names)} sites; updates of the others count unsigned"
-        )
+        keys, everywhere = federation.public_keys, sorted(workplace.name for workplace in federation.workplaces)
+        without = [name for name in everywhere if name not in keys]
+        found = f"of {len(keys)} of {len(everywhere)} sites; updates of the others count unsigned"
         yield Line("ok", "sites' keys", found, f"`fedflow site enroll` at {', '.join(without)}" if without else "")
 
 

@@ -10,36 +10,39 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from fedflow.engine.aggregation import reduce_elsewhere
+from fedflow.engine.review import check_approved
 from fedflow.engine.shares import shares
-from fedflow.engine.site import killed_after
+from fedflow.engine.site import PhaseWork, check_pinned, killed_after, site_journal
 from fedflow.errors import SiteError
 from fedflow.memory import keep_freed
-from fedflow.recipe import Recipe, SiteConfig
+from fedflow.recipe import SiteConfig
 from fedflow.store.journal import Journal
-from fedflow.store.objects import ObjectStore
 from fedflow.store.records import Reduced
 
 __all__ = ["ShareWork", "aggregation_step", "time_limit"]
 
 
 @dataclass(frozen=True)
-class ShareWork:
-    """A share as it is sent: names only. share: "round", or "region-<name>"; opening: whose closing in force is aggregated"""
+class ShareWork(PhaseWork):
+    """A share as it is sent. share: "round", or "region-<name>"; opening: whose closing in force is aggregated"""
 
-    run: str
-    round: int
-    phase: str
     opening: int
     share: str
 
 
 def aggregation_step(work: ShareWork, config: SiteConfig) -> Reduced:
-    """Do `work` at the workplace of `config`; its record is in the store when this returns. If it is there already, nothing is done."""
+    """Do `work` at the workplace of `config`; its record is in the store when this returns. If it is there already, nothing is done.
+
+    Raises SignatureInvalid where the coordinator did not sign the round, RecipeRefused where the workplace's owner did not approve it,
+    UserError where the run asks for the signature of another key, and whatever is wrong with the round.
+    """
     keep_freed()
-    recipe = _recipe(work, config)
+    journal = site_journal(config, work)
+    recipe = journal.recipe(config.context)
+    check_approved(recipe, config, work.run)
     assert recipe.durations.transfer_timeout
-    store = ObjectStore(config.store, config.store_options).patient(recipe.durations.transfer_timeout)
-    journal = Journal(store, work.run)
+    journal = Journal(journal.store.patient(recipe.durations.transfer_timeout), work.run, journal.keys)
+    check_pinned(journal, config)
     plan = journal.plan(work.round, work.phase)
     closing = journal.closing(plan, work.opening) if plan else None
     place = {"run": work.run, "round": work.round, "site": config.name}
@@ -51,15 +54,10 @@ def aggregation_step(work: ShareWork, config: SiteConfig) -> Reduced:
     return reduce_elsewhere(journal, plan, closing, ours[0], config.name, recipe=recipe)
 
 
-def _recipe(work: ShareWork, config: SiteConfig) -> Recipe:
-    journal = Journal(ObjectStore(config.store, config.store_options), work.run)
-    return journal.recipe({"allowed_imports": config.allowed_imports})
-
-
 @contextlib.contextmanager
 def time_limit(work: ShareWork, config: SiteConfig) -> Iterator[None]:
     """Kill this process if the body outlives train_timeout: the role has passed on by then."""
-    limit = _recipe(work, config).durations.train_timeout
+    limit = site_journal(config, work).recipe(config.context).durations.train_timeout
     assert limit
 
     def expire() -> None:

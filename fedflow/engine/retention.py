@@ -7,9 +7,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from fedflow.engine.best import best_round, key_metrics
-from fedflow.engine.updates import MOST_MANIFEST
 from fedflow.errors import ObjectCorrupt, ObjectMissing, StoreError, StoreUnavailable
-from fedflow.store.journal import INITIAL, Journal
+from fedflow.store.journal import INITIAL, MOST_OF_A_SITE, Journal
 from fedflow.store.objects import ObjectRef
 from fedflow.store.reading import Reader
 from fedflow.store.records import Closing, Manifest, Plan, UpdateManifest
@@ -116,7 +115,7 @@ def _update_keys(journal: Journal, closing: Closing | None) -> Iterator[str]:
     """Objects of the updates that a closing counts; the folder of an update whose manifest cannot be read."""
     for contribution in closing.contributors.values() if closing else ():
         try:
-            update = UpdateManifest.from_bytes(journal.store.get(contribution.key, at_most=MOST_MANIFEST))
+            update = UpdateManifest.from_bytes(journal.store.get(contribution.key, at_most=MOST_OF_A_SITE))
         except StoreUnavailable:
             raise
         except (ValueError, StoreError):

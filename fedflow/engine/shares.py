@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from blake3 import blake3
 
+from fedflow.errors import SignatureInvalid
 from fedflow.store.journal import Journal
 from fedflow.store.records import Closing, Plan, Reduced
 from fedflow.types import SiteId, canonical_json
@@ -68,10 +69,15 @@ def _digest(*parts: object) -> str:
 def reduced_of(journal: Journal, share: Share, workplaces: Sequence[str] | None = None) -> Reduced | None:
     """What `share` came to at the first of `workplaces` (default: all that may do it) that has done it; None where nobody has.
 
-    A record that names anything but objects of the run and sites of the share is passed over.
+    A record that names anything but objects of the run and sites of the share is passed over, and so is one that its workplace has
+    not signed though the run pins its key.
     """
     for workplace in share.workplaces if workplaces is None else workplaces:
-        found = journal.reduced(workplace, share.of)
+        try:
+            found = journal.reduced(workplace, share.of)
+        except SignatureInvalid as error:
+            _log.warning("%s; it does not count", error)
+            continue
         if found is None:
             continue
         known = re.compile(rf"((public|server)|sites/[^/]+)/{re.escape(journal.run)}/objects/[^/]+")

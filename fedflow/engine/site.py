@@ -65,7 +65,16 @@ from fedflow.store.tensors import StoredTensors, read_tensors, write_tensors
 from fedflow.tensors import LazyGroups
 from fedflow.types import RoundContext, SiteTask, Update
 
-__all__ = ["SiteWork", "check_pinned", "failure_of", "hard_deadline", "killed_after", "site_journal", "site_step"]
+__all__ = [
+    "PhaseWork",
+    "SiteWork",
+    "check_pinned",
+    "failure_of",
+    "hard_deadline",
+    "killed_after",
+    "site_journal",
+    "site_step",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -73,16 +82,22 @@ Progress = Callable[[int, int | None], None]
 
 
 @dataclass(frozen=True)
-class SiteWork:
-    """One site's part in one phase, as it is sent to the site: names only, no URL and no code.
+class PhaseWork:
+    """What is asked of whom in one phase, as it is sent to them: names only, no URL and no code."""
+
+    run: str
+    round: int
+    phase: str
+
+
+@dataclass(frozen=True)
+class SiteWork(PhaseWork):
+    """One site's part in one phase.
 
     opening, attempt: which try this is; they decide no bit of the update
     after:   digest of the site's update that counted in this round: another one is asked for, from the same broadcast, that goes on from it
     """
 
-    run: str
-    round: int
-    phase: str
     opening: int = 1
     attempt: int = 1
     after: str | None = None
@@ -164,7 +179,7 @@ def site_step(
     return manifest
 
 
-def site_journal(config: SiteConfig, work: SiteWork, store: ObjectStore | None = None) -> Journal:
+def site_journal(config: SiteConfig, work: PhaseWork, store: ObjectStore | None = None) -> Journal:
     """The journal of a run as the site of `config` reads it, signs it, and remembers what it sends."""
     root = store or ObjectStore(config.store, config.store_options)
     return Journal(audited(root, config, work.run, work.round, work.phase), work.run, Keys.at(config))

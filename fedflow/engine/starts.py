@@ -32,7 +32,7 @@ def publish_federation(store: ObjectStore, federation: Federation) -> None:
         name=federation.name,
         at=utc_now(),
         fedflow=__version__,
-        sites=federation.names,
+        sites=sorted(workplace.name for workplace in federation.workplaces),
         keys=federation.public_keys,
         coordinator=federation.coordinator_key,
     )

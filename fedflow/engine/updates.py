@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedflow.algorithm import Algorithm
 from fedflow.errors import StoreError, StoreUnavailable, UpdateInvalid
-from fedflow.store.journal import Journal, first_problem
+from fedflow.store.journal import MOST_OF_A_SITE, Journal, first_problem
 from fedflow.store.objects import CHUNK_SIZE, ObjectRef
 from fedflow.store.records import Contribution, ContributorSummary, Plan, UpdateManifest
 from fedflow.store.state import read_outline
@@ -23,7 +23,6 @@ from fedflow.types import MODEL_GROUPS, Groups, SiteId, Spec, Tensors, TensorSpe
 
 __all__ = ["Checks", "Contributor", "as_update", "problem_of", "rebased", "told"]
 
-MOST_MANIFEST = 16 << 20  # bytes; the digests of an object of 1 TiB take 5 MiB
 MOST_METRICS = 1000
 LONGEST_NAME = 200  # characters of a metric's or a scalar's name
 LONGEST_REASON = 2000  # characters
@@ -92,7 +91,7 @@ class Checks:
 
     def _judged(self, site: SiteId, key: str) -> Contribution | str | None:
         try:
-            update = self.journal.update(key, at_most=MOST_MANIFEST)
+            update = self.journal.update(key, at_most=MOST_OF_A_SITE)
             if update.update_digest() in {self.plan.tasks[site].state_base, *self._counted.get(site, ())}:
                 return None
             if self.plan.again and self._is_for_later(site, update):
@@ -243,7 +242,7 @@ class Contributor:
     def manifest(self) -> UpdateManifest:
         key = self.contribution.key
         try:
-            manifest: UpdateManifest = self._verified(self.journal.update, key, at_most=MOST_MANIFEST)
+            manifest: UpdateManifest = self._verified(self.journal.update, key, at_most=MOST_OF_A_SITE)
         except ValueError as error:
             raise self._invalid(f"{key}: {first_problem(error)}") from error
         if manifest.update_digest() != self.contribution.update:

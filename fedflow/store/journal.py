@@ -28,7 +28,7 @@ from fedflow.errors import (
     UserError,
     field_error,
 )
-from fedflow.recipe import Recipe, explain
+from fedflow.recipe import NAME, Recipe, explain
 from fedflow.store.objects import ObjectStore
 from fedflow.store.records import (
     Amendment,
@@ -54,6 +54,10 @@ R = TypeVar("R", bound=_Record)
 
 INITIAL = -1
 """The "round" of the manifest that holds the state before round 0."""
+
+
+MOST_OF_A_SITE = 16 << 20
+"""Bytes of a record that a site has written; the digests of an object of 1 TiB take 5 MiB."""
 
 
 def step_path(round: int, phase: str) -> str:
@@ -110,11 +114,9 @@ class Journal:
 
     @cached_property
     def pins(self) -> dict[SiteId, str]:
-        """Site -> the public key of who must have signed its records, with every amendment; read once."""
-        with contextlib.suppress(RunMissing):
-            amended = [amendment.keys for amendment in self.amendments()]
-            return {site: key for keys in (self.begun.keys, *amended) for site, key in keys.items()}
-        return {}
+        """Site -> the public key of who must have signed its records, with every amendment; read once. Raises RunMissing."""
+        amended = [amendment.keys for amendment in self.amendments()]
+        return {site: key for keys in (self.begun.keys, *amended) for site, key in keys.items()}
 
     # -- a round's phase
     def plan(self, round: int, phase: str) -> Plan | None:
@@ -175,7 +177,8 @@ class Journal:
         return self._create(self._reduced(reduced.workplace, reduced.of), reduced)
 
     def reduced(self, workplace: str, of: str) -> Reduced | None:
-        """What an aggregation came to; None where there is nothing, or nothing that can be read."""
+        """What an aggregation came to; None where there is nothing, or nothing that can be read. Raises SignatureInvalid where
+        who did it has not signed it as the run asks for it."""
         with contextlib.suppress(ObjectCorrupt):
             return self._read(self._reduced(workplace, of), Reduced)
         return None
@@ -284,7 +287,7 @@ class Journal:
 
     def _read(self, key: str, cls: type[R]) -> R | None:
         try:
-            data = self.store.get(key)
+            data = self.store.get(key, at_most=MOST_OF_A_SITE if cls.signer == "site" else None)
         except ObjectMissing:
             return None
         try:
@@ -338,7 +341,11 @@ class Journal:
         if kind.signer == "coordinator":
             return self.keys.coordinator
         if kind.signer == "site":
-            return self.keys.public if self.keys.at_site else self.pins.get(key.split("/")[1])
+            site = key.split("/")[1]
+            if site == self.keys.site:
+                return self.keys.public
+            with contextlib.suppress(RunMissing):
+                return self.pins.get(site)
         return None
 
     def _read_all(self, prefix: str, cls: type[R]) -> list[R]:
@@ -353,6 +360,5 @@ def first_problem(error: ValueError) -> str:
 
 def list_runs(store: ObjectStore) -> list[str]:
     """Names of all runs in a store."""
-    return sorted(
-        key.split("/")[1] for key in store.list("public") if key.count("/") == 2 and key.endswith("/run.json")
-    )
+    found = (key.split("/") for key in store.list("public") if key.count("/") == 2 and key.endswith("/run.json"))
+    return sorted(run for _, run, _ in found if re.fullmatch(NAME, run))  # a federation may be called "run"

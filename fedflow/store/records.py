@@ -116,7 +116,7 @@ class RunRecord(_Record):
     """`public/<run>/run.json`: what the run is. nonce: tells this run from any other that ever had its name.
 
     coordinator: public key of who signs the coordinator's records; None: they are not signed
-    keys:        site -> public key of who signs that site's; one that is not there need not sign
+    keys:        site, or regional aggregator -> public key of who signs what is its; one that is not there need not sign
     """
 
     signer = "coordinator"
@@ -339,6 +339,7 @@ class Reduced(_Record):
     state, model, broadcast, model_digest: of a whole phase, as its manifest will name them
     """
 
+    signer = "site"
     workplace: str
     of: str
     invalid: dict[SiteId, str] = {}
@@ -442,7 +443,10 @@ class Manifest(_Record):
 
 
 class FederationRecord(_Record):
-    """`public/_federation/<name>.json`: a federation as its coordinator saw it last. keys: site -> the public key that it pins"""
+    """`public/_federation/<name>.json`: a federation as its coordinator saw it last.
+
+    sites: and regional aggregators; keys: of them -> the public key that it pins
+    """
 
     name: str
     at: datetime

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Self
 
 from fedflow.errors import UserError, field_error
 from fedflow.recipe import SiteConfig
-from fedflow.types import canonical_json
+from fedflow.types import SiteId, canonical_json
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -106,13 +106,13 @@ class Keys:
 
     own:         signs what this process writes; None: nothing is signed
     coordinator: who must have signed the coordinator's records; None: nobody looks
-    at_site:     whether this is a site, which reads no other site's records; the coordinator asks for the signatures that
-                 the run's record pins
+    site:        where this is a site: whose records `own` must have signed. Others' must have the signatures that the run's
+                 record pins, as all sites' must for the coordinator
     """
 
     own: PrivateKey | None = None
     coordinator: str | None = None
-    at_site: bool = False
+    site: SiteId | None = None
 
     @property
     def public(self) -> str | None:
@@ -143,7 +143,7 @@ class Keys:
     def at(cls, config: SiteConfig) -> Keys:
         """A site's. Raises UserError where its key cannot be read."""
         own = PrivateKey.load(Path(config.key)) if config.key else None
-        return cls(own, config.coordinator_key, at_site=True)
+        return cls(own, config.coordinator_key, config.name)
 
 
 @lru_cache(maxsize=4)

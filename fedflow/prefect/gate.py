@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 from uuid import UUID
 
@@ -30,13 +30,16 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
 from fedflow.prefect.api import OUTAGE, connect
-from fedflow.prefect.dispatch import SITE_FLOW
+from fedflow.prefect.dispatch import AGGREGATION_FLOW, SITE_FLOW
 from fedflow.types import SiteId
 
 __all__ = ["Owners", "application", "serve"]
 
 SITE = "X-Fedflow-Site"
 """The header in which the proxy says which site it has let in."""
+
+FLOWS = (SITE_FLOW, AGGREGATION_FLOW)
+"""The flows of which a site has a deployment, named like the site; a regional aggregator has one of the second alone."""
 
 FRESH = 60.0
 """Seconds for which a site's work pool is taken to be what it was."""
@@ -79,16 +82,16 @@ class Owners:
             found = await self._client.read_deployment(deployment)
         except ObjectNotFound:
             return None
-        return found.name if await self.flow(found.flow_id) == SITE_FLOW else None
+        return found.name if await self.flow(found.flow_id) in FLOWS else None
 
     async def pool(self, site: SiteId) -> str | None:
         """The site's work pool; None where the site has no deployment."""
         found, since = self._pools.get(site, (None, 0.0))
         if found is None or time.monotonic() - since > FRESH:
-            try:
-                found = (await self._client.read_deployment_by_name(f"{SITE_FLOW}/{site}")).work_pool_name
-            except ObjectNotFound:
-                found = None
+            found = None
+            for flow in FLOWS:
+                with suppress(ObjectNotFound):
+                    found = found or (await self._client.read_deployment_by_name(f"{flow}/{site}")).work_pool_name
             self._pools[site] = found, time.monotonic()
         return found
 
@@ -112,7 +115,7 @@ async def _owns_pool(request: Request) -> Response:
 
 
 async def _runs_flow(request: Request) -> Response:
-    return _answer(await _owners(request).flow(request.path_params["id"]) == SITE_FLOW)
+    return _answer(await _owners(request).flow(request.path_params["id"]) in FLOWS)
 
 
 def _answer(yes: bool) -> Response:

@@ -131,7 +131,9 @@ def _server(config: SiteConfig) -> Iterator[Problem]:
             yield Problem(f"pool: found no work pool {config.work_pool!r} at {url}, expected one; {fix}", "starts")
         except PrefectHTTPStatusError as error:
             code, fix = error.response.status_code, "set PREFECT_API_AUTH_STRING, or correct it"
-            then: Literal["stops", "waits"] = "stops" if code in (401, 403) else "waits"
+            if code == 403:  # a proxy's answer about a work pool that is not this site's, or not there yet
+                fix = f"have the coordinator run `fedflow deploy`, with {config.work_pool!r} as the work pool of {config.name}"
+            then: Literal["stops", "waits"] = "stops" if code == 401 else "waits"
             yield Problem(f"api_url: found the answer {code} at {url}, expected access; {fix}", then)
             return
         except OUTAGE as error:

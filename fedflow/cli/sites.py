@@ -185,9 +185,11 @@ def audit(
     for column in columns:
         table.add_column(column, overflow="fold", justify="right" if column in ("round", "bytes") else "left")
     for line in lines:
-        table.add_row(*(str(line[column]) for column in columns))
+        shown = line | {"digest": line["digest"] or "not made yet"}
+        table.add_row(*(str(shown[column]) for column in columns))
     output().print(table)
-    typer.echo(f"{len(lines)} objects, {size(sum(line['bytes'] for line in lines))}")
+    sent = [line for line in lines if line["digest"]]
+    typer.echo(f"{len(sent)} objects, {size(sum(line['bytes'] for line in sent))}")
 
 
 @app.command()

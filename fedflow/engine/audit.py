@@ -21,14 +21,14 @@ __all__ = ["append", "audited", "read_audit"]
 def audited(store: ObjectStore, config: SiteConfig, run: str, round: int | None, phase: str) -> ObjectStore:
     """`store` as the site of `config` uses it: each object that is about to be sent gets a line in its `audit`, if it has one.
 
-    A line is on the disk before a byte is sent. Where it cannot be written, nothing is: UserError.
+    A line is on the disk before a byte is sent; of what is made while it is sent, a second one with its digest follows. Where it cannot be written, nothing is: UserError.
     """
     path = config.audit
     if path is None:
         return store
     about = {"site": config.name, "run": run, "round": round, "phase": phase}
 
-    def tell(key: str, size: int, digest: str) -> None:
+    def tell(key: str, size: int, digest: str | None) -> None:
         line = {
             "at": utc_now().isoformat(),
             **about,

@@ -174,7 +174,7 @@ def _flat(data: Data) -> memoryview:
 # --- the store -------------------------------------------------------------------------------------------------------
 
 
-Telling = Callable[[str, int, str], None]
+Telling = Callable[[str, int, str | None], None]
 """Is told key, bytes and digest of what is about to be written."""
 
 
@@ -209,7 +209,10 @@ class ObjectStore:
         return store
 
     def telling(self, tell: Telling) -> ObjectStore:
-        """The same store, which calls `tell(key, bytes, digest)` before it sends anything; what that raises stops it."""
+        """The same store, which calls `tell(key, bytes, digest)` before it sends anything; what that raises stops it.
+
+        Of what is sent while it is made, digest is None and bytes are what they are about: it is told again when all is sent.
+        """
         return self._of(self.url, self._backend, tell)
 
     def __repr__(self) -> str:
@@ -323,9 +326,7 @@ class ObjectStore:
             there = False
         if there:
             return ref
-        if self._tell is not None:
-            self._tell(ref.key, ref.size, ref.digest)
-        if self.write_stream(ref.key, parts(), chunk_size=chunk_size, size=ref.size) != ref:
+        if self.write_stream(ref.key, parts(), chunk_size=chunk_size, size=ref.size, digest=ref.digest) != ref:
             raise self._corrupt(ref.key, ref.digest, "other bytes when they were sent than when they were measured")
         return ref
 
@@ -336,7 +337,13 @@ class ObjectStore:
         return True
 
     def write_stream(
-        self, key: str, parts: Iterable[Data], *, chunk_size: int = CHUNK_SIZE, size: int = 0
+        self,
+        key: str,
+        parts: Iterable[Data],
+        *,
+        chunk_size: int = CHUNK_SIZE,
+        size: int = 0,
+        digest: str | None = None,
     ) -> ObjectRef:
         """Store the parts, one after the other, as one object; memory holds a few parts, not the object.
 
@@ -344,7 +351,10 @@ class ObjectStore:
         error passes through and nothing is written. (Backends other than local and cloud join the parts in memory.)
 
         size: bytes of all parts, about, where it may be more than the 78 GiB that S3 takes in requests of 8 MiB
+        digest: theirs, where it is known before
         """
+        if self._tell is not None:
+            self._tell(key, size, digest)
         meter = _Meter(parts, chunk_size)
         try:
             with self._errors("overwrite", self._checked(key)):
@@ -357,7 +367,10 @@ class ObjectStore:
             if meter.failure is not None:
                 raise meter.failure from None
             raise
-        return ObjectRef(key, *meter.result())
+        ref = ObjectRef(key, *meter.result())
+        if self._tell is not None and digest is None:
+            self._tell(key, ref.size, ref.digest)
+        return ref
 
     def read(self, ref: ObjectRef, start: int | None = None, end: int | None = None) -> bytes:
         """Bytes start..end (exclusive; default: all), verified. Raises ObjectMissing, or ObjectCorrupt.

@@ -9,8 +9,9 @@ from typing import Any, Literal
 import pytest
 
 from fedflow.algorithms.fedavg import FedAvg
-from fedflow.engine import next_step, open_round, simulate, site_step, start_run, survey
+from fedflow.engine import close_round, next_step, open_round, simulate, site_step, start_run, survey
 from fedflow.engine.audit import read_audit
+from fedflow.engine.elsewhere import ShareWork, aggregation_step
 from fedflow.engine.review import decide, verdict
 from fedflow.engine.site import SiteWork, failure_of, site_journal
 from fedflow.engine.trying import try_recipe
@@ -22,7 +23,7 @@ from fedflow.store.records import Plan
 from fedflow.types import Update
 from tests.builders import SITES, recipe
 
-WORK = SiteWork("run", 0, "train")
+WORK, SHARE = SiteWork("run", 0, "train"), ShareWork("run", 0, "train", 1, "round")
 KNOWS: dict[str, Any] = {"algorithm": {"kind": "scaffold"}, "training": {"optimizer": {"momentum": 0.0}}}
 
 
@@ -87,6 +88,32 @@ def test_a_policy_approves_what_fits_all_of_it(tmp_path: Path, policy: dict[str,
 def test_a_review_without_a_folder_is_a_mistake(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"review\.approved: found .*make the folder"):
         config(tmp_path, review={"approved": str(tmp_path / "none" / "approved")})
+
+
+def closed(folder: Path) -> Journal:
+    """A round of a swarm that every site has answered."""
+    journal, plan = opened(folder, schedule="swarm")
+    for site in SITES:
+        site_step(WORK, config(folder, site))
+    close_round(journal, plan, journal.openings(plan)[0], survey(journal, plan), why="every site answered")
+    return journal
+
+
+def test_a_site_aggregates_what_its_owner_has_approved_and_its_audit_log_has_it(tmp_path: Path) -> None:
+    journal, log = closed(tmp_path), tmp_path / "audit.jsonl"
+    before = set(journal.store.list("sites"))
+    here = config(tmp_path, review={"approved": str(tmp_path / "approved")}, audit=str(log))
+    with pytest.raises(RecipeRefused, match="nobody has approved it"):
+        aggregation_step(SHARE, here)
+    assert set(journal.store.list("sites")) == before and not log.exists()
+    assert here.review is not None
+    decide(recipe(schedule="swarm"), here.review, True)
+    aggregation_step(SHARE, here)
+    lines = list(read_audit(log))
+    sent = {line["object"]: line["digest"] for line in lines}  # of what was made while it was sent, the second line
+    assert set(sent) == set(journal.store.list("sites")) - before != set()
+    assert sent == {key: digest(journal.store.get(key)) for key in sent}
+    assert any(line["digest"] is None for line in lines)  # and that was on the disk before a byte was sent
 
 
 # -- audit -------------------------------------------------------------------------------------------------------------

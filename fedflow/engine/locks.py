@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from fedflow.errors import UserError, field_error
 
 __all__ = ["held", "holder", "remove"]
 
@@ -15,6 +18,10 @@ __all__ = ["held", "holder", "remove"]
 def _path(name: str) -> Path:
     folder = Path(tempfile.gettempdir()) / f"fedflow-locks-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        fix = "remove it: somebody else could say what runs here"
+        raise UserError(field_error("locks", str(folder), "a folder that this user alone may write to", fix))
     return folder / name
 
 

@@ -5,20 +5,22 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fedflow.engine import close_round, commit_round, next_step, open_round, site_step, start_run, survey
+from fedflow.engine.elsewhere import ShareWork, aggregation_step
 from fedflow.engine.rounds import amend_run
+from fedflow.engine.shares import Share, reduced_of, shares
 from fedflow.engine.site import SiteWork, failure_of, site_journal
-from fedflow.errors import SignatureInvalid, UserError
-from fedflow.recipe import SiteConfig
-from fedflow.store.journal import Journal
+from fedflow.errors import RoundError, SignatureInvalid, UserError
+from fedflow.recipe import Federation, FederationSite, SiteConfig
+from fedflow.store.journal import MOST_OF_A_SITE, Journal
 from fedflow.store.objects import ObjectStore
-from fedflow.store.records import Manifest, Opening, Plan, UpdateManifest
+from fedflow.store.records import Closing, Manifest, Opening, Plan, UpdateManifest
 from fedflow.store.signing import COORDINATOR_KEY, Keys, PrivateKey, is_signed_by, message
 from fedflow.types import canonical_json
 from tests.builders import SITES, bits, keys, outcome, recipe, run
@@ -228,6 +230,108 @@ def test_a_new_key_counts_once_the_federation_pins_it(signed: Signed, tmp_path: 
     amend_run(journal, sites=SITES, keys={"site-2": new.public})
     site_step(SiteWork("run", 0, "train"), config)
     assert list(survey(Journal(signed.store, "run"), plan).accepted) == ["site-2"]
+
+
+# -- what others than the coordinator aggregate ------------------------------------------------------------------------
+ROUND = ShareWork("run", 0, "train", 1, "round")
+
+
+def closed(signed: Signed, **fields: Any) -> tuple[Journal, Plan, Closing, Share]:
+    """A round that every site has answered, and what of its aggregation others do."""
+    journal = signed.begin(**({"schedule": "swarm"} | fields))
+    plan, opening = opened(journal)
+    for site in SITES:
+        site_step(SiteWork("run", 0, "train"), signed.config(site))
+    closing = close_round(journal, plan, opening, survey(journal, plan), why="every site answered")
+    (share,) = shares(plan, closing)
+    return journal, plan, closing, share
+
+
+def test_a_swarm_of_signed_sites_has_the_same_bits(signed: Signed) -> None:
+    """Each reads the others' updates as the run pins them; another coordinator's round it does not aggregate."""
+    journal, plan, closing, _ = closed(signed, rounds=1)
+    PrivateKey.create(signed.folder / "other.key")
+    other = PrivateKey.load(signed.folder / "other.key").public
+    with pytest.raises(SignatureInvalid, match=rf"run\.json.*expected that of {re.escape(other)}"):
+        aggregation_step(ROUND, signed.config("site-1", coordinator_key=other))
+    with pytest.raises(UserError, match="which the federation pins for site-1"):
+        aggregation_step(ROUND, signed.config("site-1", key=str(signed.folder / "other.key")))
+    assert keys(signed.store, "^sites/site-1/run/aggregated/") == []
+    made = aggregation_step(ROUND, signed.config("site-1"))
+    assert aggregation_step(ROUND, signed.config("site-1")) == made  # found done
+    assert commit_round(journal, plan, closing).aggregator == "site-1" and bits(journal) == bits(run(recipe(rounds=1)))
+
+
+@pytest.mark.parametrize("how", ["unsigned", "signed by another site", "changed", "of another place"])
+def test_an_aggregation_without_its_sites_signature_does_not_count_and_the_role_passes_on(
+    signed: Signed, how: str
+) -> None:
+    """Somebody who may write site-1's prefix and has not its key cannot make the model."""
+    journal, plan, closing, share = closed(signed)
+    made = aggregation_step(ROUND, signed.config("site-1"))
+    assert reduced_of(journal, share) == made
+    (key,) = keys(signed.store, "^sites/site-1/run/aggregated/")
+    fields = json.loads(signed.store.get(key))
+    if how == "unsigned":
+        del fields["signature"]
+    elif how == "changed":
+        forged = json.loads(made.model_copy(update={"model_digest": "blake3:0"}).to_bytes())
+        fields = forged | {"signature": fields["signature"]}
+    else:
+        whose, place = ("site-2", key) if "site" in how else ("site-1", key.replace("/run/", "/other/"))
+        said = message("Reduced", journal.begun.nonce, place, fields["digest"])
+        fields |= {"signature": signed.sites[whose].sign(said)}
+    signed.store.delete(key)
+    signed.store.put(key, canonical_json(fields))
+    assert reduced_of(journal, share) is None
+    with pytest.raises(RoundError, match="found no aggregation of the round"):
+        commit_round(journal, plan, closing)
+    with pytest.raises(SignatureInvalid, match=f"signature of {key}: found"):  # and the site says so
+        aggregation_step(ROUND, signed.config("site-1"))
+    aggregation_step(ROUND, signed.config("site-2"))
+    assert commit_round(journal, plan, closing).aggregator == "site-2"
+
+
+def test_a_site_that_aggregates_counts_no_update_that_its_site_did_not_sign(signed: Signed) -> None:
+    journal, _, closing, _ = closed(signed)
+    key = closing.contributors["site-3"].key
+    update = journal.update(key)
+    signed.store.delete(key)
+    put(signed, key, update, None)
+    made = aggregation_step(ROUND, signed.config("site-1"))
+    assert list(made.invalid) == ["site-3"] and signed.sites["site-3"].public in made.invalid["site-3"]
+
+
+def test_a_regions_key_is_pinned_like_a_sites(signed: Signed) -> None:
+    north = PrivateKey.create(signed.folder / "north.key")
+    sites = [FederationSite(name=site, key=key.public) for site, key in signed.sites.items()]
+    federation = Federation(sites=sites, regions=[FederationSite(name="north", key=north.public)])
+    assert federation.public_keys["north"] == north.public and federation.without_keys().public_keys == {}
+    signed.begin(schedule={"kind": "tree", "regions": {"north": ["site-1", "site-2"]}})
+    amend_run(Journal(signed.store, "run"), sites=SITES, keys=federation.public_keys)
+    journal, _, _, share = closed(signed, schedule={"kind": "tree", "regions": {"north": ["site-1", "site-2"]}})
+    work = replace(ROUND, share="region-north")
+    aggregation_step(work, signed.config("north"))
+    assert reduced_of(journal, share) is not None
+    (key,) = keys(signed.store, "^sites/north/run/aggregated/")
+    fields = json.loads(signed.store.get(key))
+    assert fields.pop("signature")
+    signed.store.delete(key)
+    signed.store.put(key, canonical_json(fields))
+    assert reduced_of(journal, share) is None
+
+
+def test_what_a_site_says_is_read_within_bounds(signed: Signed) -> None:
+    """It may be of any size: the coordinator's memory does not depend on it."""
+    journal, plan, _, share = closed(signed)
+    work, config = SiteWork("run", 0, "train"), signed.config("site-1")
+    site_journal(config, work).put_failure(failure_of(work, "site-1", UserError("no")))
+    aggregation_step(ROUND, config)
+    assert reduced_of(journal, share) and journal.failure(plan, "site-1", 1, 1)
+    for key in keys(signed.store, "^sites/site-1/run/(aggregated|failures)/"):
+        data = signed.store.get(key)
+        signed.store.put(key, data + b" " * MOST_OF_A_SITE, mode="overwrite")
+    assert reduced_of(journal, share) is None and journal.failure(plan, "site-1", 1, 1) is None
 
 
 # -- what is refused by a site -----------------------------------------------------------------------------------------

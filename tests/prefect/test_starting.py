@@ -75,6 +75,11 @@ def test_keys_other_than_the_federations_are_named_on_both_sides(tmp_path: Path)
     assert seen["key"][1] == "stops" and other in seen["key"][0] and mine in seen["key"][0]
     assert seen["coordinator_key"][1] == "stops" and coordinator in seen["coordinator_key"][0]
     assert "found None" in found(config(tmp_path))["key"][0]
+    regional = Federation(
+        sites=["site-2"], regions=[FederationSite(name="site-1", key=other)], coordinator_key=coordinator
+    )  # type: ignore[list-item]
+    publish_federation(store, regional)
+    assert found(here).keys() == {"api_url", "key"}
     (tmp_path / "mine").unlink()
     assert "fedflow site enroll" in found(here)["key"][0]
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -29,12 +30,16 @@ from prefect.settings import (
     PREFECT_CLIENT_CUSTOM_HEADERS,
     temporary_settings,
 )
+from prefect.states import Scheduled
 from websockets.exceptions import InvalidStatus
 
 from fedflow.environments.prod import ProdEnv
 from fedflow.prefect.api import absence, connect, find_runs, run_tag
+from fedflow.prefect.dispatch import AGGREGATION_FLOW
+from fedflow.prefect.starting import examine
 from fedflow.prefect.worker import CoordinatorWorker, command, credential
-from fedflow.recipe import Federation
+from fedflow.recipe import Federation, FederationSite, SiteConfig
+from fedflow.store.records import utc_now
 from tests import builders
 from tests.compose import SECRET, ComposeStore, Gate, Proxy
 from tests.deployed import ROOT, Worker, awaited
@@ -44,6 +49,7 @@ pytestmark = [pytest.mark.proxy, pytest.mark.timeout(600)]
 
 API = "operator:its-own-secret"
 SITES = ["site-1", "site-2"]
+REGION = "north"
 
 
 @dataclass
@@ -88,7 +94,7 @@ def ground(postgresql: PostgresServer, tmp_path_factory: pytest.TempPathFactory)
         prefect = stack.enter_context(prefect_server(postgresql.new_database(), API))
         gate = stack.enter_context(Gate(home / "gate", prefect))
         store = stack.enter_context(ComposeStore(home / "store", SITES))
-        proxy = stack.enter_context(Proxy(home / "proxy", prefect, gate, store, SITES))
+        proxy = stack.enter_context(Proxy(home / "proxy", prefect, gate, store, [*SITES, REGION]))
         trusted = {"PREFECT_API_SSL_CERT_FILE": str(proxy.authority), "SSL_CERT_FILE": str(proxy.authority)}
 
         def settings(who: str, url: str, auth: str) -> dict[str, str]:
@@ -101,7 +107,9 @@ def ground(postgresql: PostgresServer, tmp_path_factory: pytest.TempPathFactory)
             return {**trusted, **key, **own, "PREFECT_API_URL": url, "PREFECT_API_AUTH_STRING": auth}
 
         options = {"endpoint": proxy.store_url, "region": "us-east-1"}
-        federation = Federation(sites=SITES, store="s3://fedflow", store_options=options)  # type: ignore[arg-type]
+        federation = Federation(
+            sites=SITES, regions=[FederationSite(name=REGION)], store="s3://fedflow", store_options=options
+        )  # type: ignore[arg-type]
         coordinator = settings("coordinator", f"{proxy.url}/api", API)
         workers = [
             Worker(
@@ -163,7 +171,10 @@ OPEN = [
     ("GET", "/work_pools/{own_pool}"),
     ("POST", "/work_pools/{own_pool}/get_scheduled_flow_runs", {}),
     ("POST", "/work_pools/{own_pool}/workers/heartbeat", {"name": "worker"}),
+    ("POST", "/work_pools/{own_pool}/workers/filter", {}),
     ("GET", "/flow_runs/{own}"),
+    ("GET", "/flow_runs/{own_share}"),
+    ("GET", "/flows/{aggregation_flow}"),
     ("POST", "/flow_runs/{own}/set_state", STATE),
     ("GET", "/flow_run_states/?flow_run_id={own}"),
     ("GET", "/flows/{flow}"),
@@ -172,14 +183,16 @@ OPEN = [
 
 CLOSED = [
     # Another site's, and the coordinator's.
-    *(("GET", f"/flow_runs/{{{run}}}") for run in ("other", "round", "unknown")),
-    *(("POST", f"/flow_runs/{{{run}}}/set_state", STATE) for run in ("other", "round")),
+    *(("GET", f"/flow_runs/{{{run}}}") for run in ("other", "other_share", "round", "unknown")),
+    *(("POST", f"/flow_runs/{{{run}}}/set_state", STATE) for run in ("other", "other_share", "round")),
     ("GET", "/flow_run_states/?flow_run_id={other}"),
     ("GET", "/flow_run_states/?flow_run_id={other}&flow_run_id={own}"),
     ("GET", "/flow_run_states/"),
     ("GET", "/work_pools/{other_pool}"),
     ("POST", "/work_pools/{other_pool}/get_scheduled_flow_runs", {}),
     ("POST", "/work_pools/{other_pool}/workers/heartbeat", {"name": "forged"}),
+    ("POST", "/work_pools/{other_pool}/workers/filter", {}),
+    ("GET", "/work_pools/north"),
     ("GET", "/flows/{training_flow}"),
     ("POST", "/logs/", [{**LOG, "flow_run_id": "{own}"}, {**LOG, "flow_run_id": "{other}"}]),
     # What asks about all, what makes, what changes.
@@ -200,8 +213,8 @@ CLOSED = [
     ("GET", "/task_runs/{task}"),
     ("PATCH", "/work_pools/{own_pool}", {"base_job_template": {}}),
     ("DELETE", "/work_pools/{own_pool}"),
-    ("POST", "/work_pools/{own_pool}/workers/filter", {}),
     ("POST", "/work_pools/{own_pool}/queues/filter", {}),
+    ("POST", "/work_pools/filter", {}),
     ("GET", "/deployments/{deployment}"),
     ("PATCH", "/deployments/{deployment}", {}),
     ("POST", "/deployments/{deployment}/create_flow_run", {}),
@@ -227,18 +240,31 @@ def names(ground: Ground) -> dict[str, str]:
     own, other = ground.flow_run("site-1"), ground.flow_run("site-2")
     held = next(run for run in ground.runs() if run.name.endswith("round 000"))
     assert own.parent_task_run_id and own.deployment_id and other.deployment_id
+    shares = {site: share_at(ground.client, site) for site in (*SITES, REGION)}
     return {
         "own": str(own.id),
         "other": str(other.id),
         "round": str(held.id),
         "unknown": str(uuid4()),
         "task": str(own.parent_task_run_id),
+        "own_share": str(shares["site-1"].id),
+        "other_share": str(shares["site-2"].id),
+        "regions_share": str(shares[REGION].id),
+        "aggregation_flow": str(shares["site-1"].flow_id),
         "own_pool": "site-1",
         "other_pool": "site-2",
         "deployment": str(own.deployment_id),
         "flow": str(own.flow_id),
         "training_flow": str(held.flow_id),
     }
+
+
+def share_at(client: SyncPrefectClient, workplace: str) -> FlowRun:
+    """A flow run of the aggregation there, of tomorrow: no worker takes it."""
+    deployment = client.read_deployment_by_name(f"{AGGREGATION_FLOW}/{workplace}")
+    tomorrow = Scheduled(scheduled_time=utc_now() + timedelta(days=1))
+    given = {"run": "r", "round": 0, "phase": "train", "opening": 1, "share": "round", "workplace": workplace}
+    return client.create_flow_run_from_deployment(deployment.id, parameters=given, state=tomorrow)
 
 
 def ask(client: httpx.Client, names: Mapping[str, str], method: str, route: str, body: Any = None) -> httpx.Response:
@@ -271,6 +297,42 @@ def test_nobody_reaches_anything_without_a_credential(ground: Ground, names: dic
         assert (
             wrong.request("GET", f"{ground.proxy.url}/sites/api/flow_runs/{names['own']}", auth=None).status_code == 401
         )
+
+
+def test_a_regional_aggregator_reaches_its_own_pool_and_flow_runs(ground: Ground, names: dict[str, str]) -> None:
+    with ground.as_(REGION) as client:
+        for route, answer in {
+            f"/work_pools/{REGION}": 200,
+            "/flow_runs/{regions_share}": 200,
+            "/flows/{aggregation_flow}": 200,
+            "/work_pools/site-1": 403,
+            "/flow_runs/{own}": 403,
+            "/flow_runs/{own_share}": 403,
+        }.items():
+            assert ask(client, names, "GET", route).status_code == answer, route
+
+
+def test_a_worker_is_told_of_another_one_of_its_site(ground: Ground, tmp_path: Path) -> None:
+    """Through the proxy, as its start asks; of a work pool that is not its site's, that it is none."""
+    options = {
+        **ground.env.federation.store_options,
+        "access_key_id": "site-1",
+        "secret_access_key": SECRET,
+        "client_options": {"root_certificate": ground.proxy.authority.read_text()},
+    }
+    given: dict[str, Any] = {
+        "name": "site-1",
+        "store": "s3://fedflow",
+        "store_options": options,
+        "state": str(tmp_path / "state"),
+        "api_url": f"{ground.proxy.url}/sites/api",
+    }
+    ground.client.send_worker_heartbeat("site-1", "site-1@elsewhere", heartbeat_interval_seconds=30)
+    with as_a_site(ground, "site-1"):
+        said = [problem.text for problem in examine(SiteConfig.load(given))]
+        assert [text for text in said if "another worker of site-1 on elsewhere" in text], said
+        (foreign,) = [p for p in examine(SiteConfig.load(given | {"pool": "site-2"})) if p.text.startswith("api_url")]
+        assert foreign.then == "waits" and "with 'site-2' as the work pool of site-1" in foreign.text
 
 
 def test_lines_of_a_log_name_nothing_but_their_flow_run(ground: Ground, names: dict[str, str]) -> None:
@@ -356,6 +418,19 @@ def test_a_site_is_asked_to_come_back_while_nobody_knows_what_is_its(ground: Gro
 
 
 # -- the store ---------------------------------------------------------------------------------------------------------
+def test_a_site_leaves_word_of_its_start_and_reads_its_federations(ground: Ground) -> None:
+    """Its record is written over at each start; the federation's is written by `fedflow deploy`."""
+    store = ground.store.as_("site-1")
+    started = bytes(store.get("sites/site-1/_start.json").bytes())
+    assert json.loads(started)["site"] == "site-1"
+    store.put("sites/site-1/_start.json", started)
+    name = ground.env.federation.name
+    assert json.loads(bytes(store.get(f"public/_federation/{name}.json").bytes()))["sites"] == [REGION, *SITES]
+    assert [entry["path"] for part in store.list("public/_federation") for entry in part]
+    for site in SITES:
+        assert "the coordinator cannot be told" not in ground.logs[site] and "store:" not in ground.logs[site]
+
+
 @pytest.mark.parametrize("key", ["own", "public"])
 def test_a_site_reads_its_own_part_of_the_store(ground: Ground, key: str) -> None:
     prefix = {"own": f"sites/site-1/{ground.run}", "public": f"public/{ground.run}"}[key]

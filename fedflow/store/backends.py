@@ -652,7 +652,8 @@ class _Cloud:
         try:
             block, meta = get(start, min(end, start + _DOWNLOAD))
         except obs.exceptions.GenericError as exc:
-            if _status(exc) != 416 and "Wanted range starting at" not in str(exc):  # Azure answers with nothing in place of 416
+            # Azure answers with nothing in place of 416
+            if _status(exc) != 416 and "Wanted range starting at" not in str(exc):
                 raise
             yield b"", self.size(key)  # begins behind the end
             return

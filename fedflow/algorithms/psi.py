@@ -85,6 +85,7 @@ class PSI(Algorithm):
     trains: ClassVar[bool] = False
     partitionable: ClassVar[bool] = False
     needs_all: ClassVar[bool] = True
+    coordinator_only: ClassVar[bool] = True  # who reads all lists under all keys can tell what two of three sites share
     phases: ClassVar[tuple[str, ...]] = ("blind", "second", "third", "reveal")
     State: ClassVar[type[Any]] = PSIState
     SiteState: ClassVar[type[Any]] = SiteSecrets

@@ -376,7 +376,7 @@ def check_cohort(
     """
     required = set(recipe.required_sites)
     if recipe.computation.needs_all:
-        required |= set(recipe.schedule.names or absent)
+        required |= set(recipe.schedule.invited or absent)
     if missing := sorted(required & absent.keys()):
         raise QuorumLost(
             f"required sites are absent: {_named(missing, absent)}; start their workers and resume",

@@ -246,6 +246,14 @@ def test_sites_must_be_two_or_three_and_all_of_them_answer() -> None:
             simulate(psi(), {f"site-{i}": ["a"] for i in range(count)})
     with pytest.raises(RecipeError, match=r"quorum: found 2, expected none with algorithm psi"):
         Recipe.load({**psi().model_dump(), "quorum": 2})
+    with pytest.raises(RecipeError, match=r"required_sites: found \['a'\], expected none with algorithm psi"):
+        Recipe.load({**psi().model_dump(), "required_sites": ["a"]})
+
+
+def test_no_site_aggregates() -> None:
+    """It would read every list under all keys, and so tell which of its items only one of the two others has."""
+    with pytest.raises(RecipeError, match="schedule: found swarm with algorithm psi, expected one that aggregates at the"):
+        Recipe.load({**psi().model_dump(), "schedule": "swarm"})
 
 
 def test_three_sites_do_not_become_two(tmp_path: Path) -> None:

@@ -202,7 +202,9 @@ def test_a_list_with_a_point_of_small_order_is_refused_and_says_whose_it_is(poin
     lists = {site: torch.tensor(list(point), dtype=torch.uint8) for site in ("site-1", "site-2")}
     _, secrets = algorithm._blinded(_Work(["x"]), context)
     given = {"lists": lists, "keys": lists, "places": {}}
-    with pytest.raises(TrainingInvalid, match=r"psi: the list of site-2: found what is none .*expected points of the curve"):
+    with pytest.raises(
+        TrainingInvalid, match=r"psi: the list of site-2: found what is none .*expected points of the curve"
+    ):
         algorithm.site_update(given, secrets, _Work(["x"]), context)
 
 
@@ -252,7 +254,9 @@ def test_sites_must_be_two_or_three_and_all_of_them_answer() -> None:
 
 def test_no_site_aggregates() -> None:
     """It would read every list under all keys, and so tell which of its items only one of the two others has."""
-    with pytest.raises(RecipeError, match="schedule: found swarm with algorithm psi, expected one that aggregates at the"):
+    with pytest.raises(
+        RecipeError, match="schedule: found swarm with algorithm psi, expected one that aggregates at the"
+    ):
         Recipe.load({**psi().model_dump(), "schedule": "swarm"})
 
 

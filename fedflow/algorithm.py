@@ -285,6 +285,8 @@ class Algorithm(Described):
     """Whether its sites' work is a `Training` of the recipe's model; otherwise it is `Own`, and the recipe may leave out a model."""
     needs_all: ClassVar[bool] = False
     """Whether a round needs an answer of every site of its schedule, be it there or not: a quorum is then refused."""
+    coordinator_only: ClassVar[bool] = False
+    """Whether nobody but the coordinator may read all updates: a schedule that has sites aggregate is then refused."""
     phases: ClassVar[tuple[str, ...]] = ("train",)
     """Exchanges within a round, in order; each has its own openings, closing and commit."""
     partitionable: ClassVar[bool] = True
@@ -479,6 +481,11 @@ class Schedule(Described):
     def names(self) -> Collection[SiteId]:
         """Sites that it names: each must be one of the federation."""
         return ()
+
+    @property
+    def invited(self) -> Collection[SiteId]:
+        """The sites that it may ask; none: all of the federation."""
+        return self.names
 
     @property
     def regional(self) -> Collection[str]:

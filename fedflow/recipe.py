@@ -511,9 +511,10 @@ class Recipe(Described):
                 problems.append(
                     f"{field} ({given}) must be at least {least}, which algorithm.reduction needs; raise it"
                 )
-        if self.algorithm.needs_all and self.quorum is not None:
-            needs = f"none with algorithm {self.algorithm.kind}, which needs everyone who is asked"
-            problems.append(field_error("quorum", self.quorum, needs, "leave it out; name the sites in schedule.sites"))
+        for field in ("quorum", "required_sites") if self.algorithm.needs_all else ():
+            if given := getattr(self, field):
+                needs = f"none with algorithm {self.algorithm.kind}, which needs everyone who is asked"
+                problems.append(field_error(field, given, needs, "leave it out; name the sites in schedule.sites"))
         problems += self.schedule.objections(self) + self.algorithm.objections(self.training)
         for site in self.overrides:
             try:

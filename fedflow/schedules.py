@@ -199,6 +199,10 @@ class _Aggregated(Schedule):
         return self.cohort.names
 
     @property
+    def invited(self) -> Collection[SiteId]:
+        return self.cohort.invited
+
+    @property
     def sites_per_round(self) -> int | None:
         return getattr(self.cohort, "sites_per_round", None)
 
@@ -221,12 +225,18 @@ class Swarm(_Aggregated):
         return {*super().names, *(self.aggregators or ())}
 
     def objections(self, recipe: Any) -> list[str]:
-        if recipe.evaluation is None:
-            return []
-        return [
-            f"evaluation: found {recipe.evaluation.path}, expected none with schedule swarm, whose coordinator holds no model; "
-            "remove it, and set federated_evaluation: true to have the sites evaluate"
-        ]
+        found = []
+        if recipe.evaluation is not None:
+            found.append(
+                f"evaluation: found {recipe.evaluation.path}, expected none with schedule swarm, whose coordinator holds no model; "
+                "remove it, and set federated_evaluation: true to have the sites evaluate"
+            )
+        if recipe.algorithm.coordinator_only:
+            found.append(
+                f"schedule: found swarm with algorithm {recipe.algorithm.kind}, expected one that aggregates at the coordinator: no site "
+                "may read what all of them send; choose another"
+            )
+        return found
 
     def plan(self, round: int, view: FederationView, seed: int) -> RoundPlan:
         turn = sorted(set(self.aggregators or view))

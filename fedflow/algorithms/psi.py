@@ -85,6 +85,7 @@ class PSI(Algorithm):
     trains: ClassVar[bool] = False
     partitionable: ClassVar[bool] = False
     needs_all: ClassVar[bool] = True
+    coordinator_only: ClassVar[bool] = True  # who reads all lists under all keys can tell what two of three sites share
     phases: ClassVar[tuple[str, ...]] = ("blind", "second", "third", "reveal")
     State: ClassVar[type[Any]] = PSIState
     SiteState: ClassVar[type[Any]] = SiteSecrets
@@ -230,11 +231,15 @@ class PSI(Algorithm):
         sites, lists = sorted(broadcast["keys"]), {s: bytes(t.numpy()) for s, t in broadcast["lists"].items()}
         if (owner := _owner(ctx.site, sites, ctx.phase)) is None:
             return _bytes(b"")
-        private, public, box = _sealing()
+        private, public, box, refused = _sealing()
         known = {name: bytes(tensor.numpy()) for name, tensor in secrets.secrets.items()}
         sealed = ctx.phase == "third"
-        points = box(private(known["key"])).decrypt(lists[owner]) if sealed else lists[owner]
-        raised = _raised(known["scalar"], points, _threads(work))
+        try:
+            points = box(private(known["key"])).decrypt(lists[owner]) if sealed else lists[owner]
+            raised = _raised(known["scalar"], points, _threads(work))
+        except refused as error:
+            told = f"found what is none ({error}), expected points of the curve{', sealed for this site' if sealed else ''}"
+            raise TrainingInvalid(f"psi: the list of {owner}: {told}; start the run anew", **ctx.place) from error
         if _is_last(len(sites), ctx.phase):
             width = self._width((len(found) - SEAL * sealed) // POINT for found in lists.values())
             return _bytes(b"".join(point[:width] for point in _split(raised)))
@@ -272,7 +277,7 @@ def texts(values: Iterable[Any], form: Literal["NFC", "NFKC"] = "NFC", ignore_ca
 def text_of(value: Any, form: Literal["NFC", "NFKC"] = "NFC", ignore_case: bool = False) -> str | None:
     """One value as an item; None where it is missing. Raises ValueError where it is neither a text nor a whole number."""
     if isinstance(value, str):
-        text = unicodedata.normalize(form, value.casefold() if ignore_case else value)
+        text = unicodedata.normalize(form, _folded(value, form) if ignore_case else value)
         if not text.isascii():
             text.encode()  # a lone surrogate raises UnicodeEncodeError, which is a ValueError
         return text or None
@@ -280,8 +285,15 @@ def text_of(value: Any, form: Literal["NFC", "NFKC"] = "NFC", ignore_case: bool 
         return str(int(value))
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
-    found = f"{type(value).__name__} {value!r}"[:80]
+    found = type(value).__name__  # not the value: the message leaves the site
     raise ValueError(field_error("items", found, "texts and whole numbers", "convert them at the site"))
+
+
+def _folded(text: str, form: Literal["NFC", "NFKC"]) -> str:
+    """`text` without case, as the Unicode Standard has it (D145, D146): decomposed before, and where compatible letters are one
+    ("ℌ" and "H"), once more behind that."""
+    folded = unicodedata.normalize("NFD", text).casefold()
+    return unicodedata.normalize(form, folded).casefold() if form == "NFKC" else folded
 
 
 # -- the group ---------------------------------------------------------------------------------------------------------
@@ -341,12 +353,13 @@ def _bindings() -> Any:
     return nacl.bindings
 
 
-def _sealing() -> tuple[Any, Any, Any]:
-    """Its private and public keys, and boxes that only the key's owner opens."""
+def _sealing() -> tuple[Any, Any, Any, Any]:
+    """Its private and public keys, boxes that only the key's owner opens, and what is raised where that, or a point, is not to be had."""
     _bindings()
+    from nacl.exceptions import CryptoError
     from nacl.public import PrivateKey, PublicKey, SealedBox
 
-    return PrivateKey, PublicKey, SealedBox
+    return PrivateKey, PublicKey, SealedBox, CryptoError
 
 
 def _bytes(data: bytes) -> Tensor:

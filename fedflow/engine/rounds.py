@@ -66,6 +66,7 @@ __all__ = [
     "next_step",
     "no_update",
     "open_round",
+    "quorum_of",
     "record_abort",
     "recording_outcome",
     "start_run",
@@ -280,7 +281,8 @@ def open_round(
         closing = journal.closing(plan, openings[-1].number)
         if closing.quorate if closing else not reopen:
             return plan, openings[-1]  # to be continued; or nothing is left to collect, only to aggregate
-    opening = new_opening(recipe, plan.quorum, at=utc_now(), ends=ends, number=len(openings) + 1, why=why)
+    quorum = quorum_of(recipe, plan.phase, plan.quorum)
+    opening = new_opening(recipe, quorum, at=utc_now(), ends=ends, number=len(openings) + 1, why=why)
     opening = opening.model_copy(update={"rejected": _rejected(journal, plan, openings)})
     return plan, journal.put_opening(plan, opening)
 
@@ -288,16 +290,23 @@ def open_round(
 def new_opening(
     recipe: Recipe, quorum: int, *, at: datetime, ends: datetime | None = None, number: int = 1, why: str = "start"
 ) -> Opening:
-    """The opening that begins at `at`. quorum: the plan's; ends: when the run ends at the latest."""
+    """The opening that begins at `at`. quorum: updates that close it; ends: when the run ends at the latest."""
     deadline = at + recipe.durations.round_deadline
     return Opening(
         number=number,
         opened=at,
         deadline=min(deadline, ends) if ends else deadline,
         why=why,
-        quorum=quorum if recipe.quorum is None else recipe.quorum,
+        quorum=quorum,
         required=recipe.required_sites,
     )
+
+
+def quorum_of(recipe: Recipe, phase: str, planned: int) -> int:
+    """How many updates close `phase`: as the recipe, which a resume may change, has it now; else `planned`."""
+    if recipe.quorum is None:
+        return planned
+    return recipe.quorum if phase == recipe.phases[0] else recipe.computation.enough(phase, recipe.quorum)
 
 
 def _rejected(journal: Journal, plan: Plan, openings: Sequence[Opening]) -> list[str]:
@@ -376,7 +385,7 @@ def check_cohort(
     """
     required = set(recipe.required_sites)
     if recipe.computation.needs_all:
-        required |= set(recipe.schedule.names or absent)
+        required |= set(recipe.schedule.invited or absent)
     if missing := sorted(required & absent.keys()):
         raise QuorumLost(
             f"required sites are absent: {_named(missing, absent)}; start their workers and resume",

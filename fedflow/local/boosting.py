@@ -1,12 +1,13 @@
 """A process for one call of xgboost's federated plug-in, started by path: `boosting.py serve|train`, its job as JSON in a file.
 
-It ends when its standard input does: so with the site's process, however that ends.
+It ends when its standard input does: so with the site's process, however that ends; the job's folder, with the site's rows in it, goes with it.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import threading
 from pathlib import Path
@@ -38,6 +39,7 @@ def train(job: dict[str, Any]) -> None:
 
 def _end_with_the_parent() -> None:
     sys.stdin.buffer.read()
+    shutil.rmtree(Path(sys.argv[2]).parent, ignore_errors=True)
     os._exit(1)
 
 

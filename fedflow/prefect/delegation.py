@@ -11,13 +11,13 @@ from uuid import UUID
 from prefect.client.orchestration import SyncPrefectClient
 
 from fedflow.engine.shares import Share, reduced_of
-from fedflow.errors import SiteError
+from fedflow.errors import SiteError, StoreUnavailable
 from fedflow.prefect.api import OUTAGE, absence, cancel, read_runs
-from fedflow.prefect.dispatch import OVER, Origin, send_share
+from fedflow.prefect.dispatch import OVER, STORE_PATIENCE, Origin, send_share
 from fedflow.prefect.pace import Pace
 from fedflow.recipe import MAX_BACKOFF, Federation, Recipe
 from fedflow.store.journal import Journal
-from fedflow.store.records import Closing, Plan
+from fedflow.store.records import Closing, Plan, utc_now
 
 __all__ = ["Delegation"]
 
@@ -42,7 +42,7 @@ class _Try:
 @dataclass
 class Delegation:
     """Sends shares of an aggregation to whose turn it is, and to the next where nothing comes of it. Holds nothing that a restart could not
-    find again: who was asked is in the journal, and what was done in the store.
+    find again: who was asked is in the journal, and what was done in the store. While the API or the store does not answer nothing is decided.
 
     An attempt is over when its flow run is, when its worker is gone, or after the recipe's train_timeout.
     """
@@ -56,8 +56,11 @@ class Delegation:
     origin: Origin
 
     def have_done(self, closing: Closing, wanted: Sequence[Share]) -> dict[Share, str]:
-        """Have `wanted` done; those that nobody did, each after every workplace was asked `attempts` times, and why."""
-        tries = [self._begun(share) for share in wanted]
+        """Have `wanted` done; those that nobody did, each after every workplace was asked `attempts` times, and why.
+
+        Raises StoreUnavailable where the store has not answered for `STORE_PATIENCE`.
+        """
+        tries, answered = [self._begun(share) for share in wanted], utc_now()
         undone: dict[Share, str] = {}
         pace = Pace(longest=2.0, shortest=0.1, since=time.monotonic())
         while tries:
@@ -67,6 +70,12 @@ class Delegation:
                 except OUTAGE as error:
                     self.log.warning("the Prefect API does not answer (%r); whoever aggregates goes on", error)
                     continue
+                except StoreUnavailable as error:
+                    if utc_now() >= answered + STORE_PATIENCE:
+                        raise
+                    self.log.warning("the store does not answer: %s", error)
+                    continue
+                answered = utc_now()
                 if over is not None:
                     tries.remove(one)
                     undone |= {one.share: over} if over else {}
@@ -97,15 +106,16 @@ class Delegation:
         return None
 
     def _send(self, one: _Try, closing: Closing) -> None:
-        one.number, one.left = one.number + 1, one.left - 1
-        one.since = one.looked = time.monotonic()
-        one.workplace = one.share.workplaces[(one.number - 1) % len(one.share.workplaces)]
+        number = one.number + 1
+        one.workplace = one.share.workplaces[one.number % len(one.share.workplaces)]
         try:
             one.workplace, one.run = send_share(
-                self.client, self.journal, self.plan, closing.opening, one.share, one.number, self.origin
+                self.client, self.journal, self.plan, closing.opening, one.share, number, self.origin
             )
         except SiteError as error:
             one.reasons[one.workplace] = error.reason
+        one.number, one.left = number, one.left - 1  # only now: what an outage kept from being sent is no attempt
+        one.since = one.looked = time.monotonic()
 
     def _failed(self, one: _Try) -> str | None:
         """Why nothing more is expected of the newest sending; None where something is."""

@@ -38,7 +38,18 @@ from fedflow.store.journal import Journal
 from fedflow.store.records import Attempt, Closing, Opening, Plan, utc_now
 from fedflow.types import SiteId
 
-__all__ = ["AGGREGATION_FLOW", "OVER", "SITE_FLOW", "Collector", "Origin", "Watched", "at_work", "send", "send_share"]
+__all__ = [
+    "AGGREGATION_FLOW",
+    "OVER",
+    "SITE_FLOW",
+    "STORE_PATIENCE",
+    "Collector",
+    "Origin",
+    "Watched",
+    "at_work",
+    "send",
+    "send_share",
+]
 
 SITE_FLOW = "fedflow-site"
 """Name of the flow that runs at a site; each site has one deployment of it, named like the site."""

@@ -34,6 +34,7 @@ from fedflow.engine.rounds import (
     lateness,
     next_step,
     quorum_lost,
+    quorum_of,
     start_run,
 )
 from fedflow.engine.updates import rebased
@@ -245,7 +246,7 @@ class Simulation:
     ) -> tuple[Mapping[SiteId, SiteTask], int]:
         """Those of the chosen that are there, and the quorum. Raises QuorumLost where they are too few. absent: site -> why."""
         there = {site: task for site, task in chosen.items() if site not in absent}
-        quorum = quorum if self.recipe.quorum is None else self.recipe.quorum
+        quorum = quorum_of(self.recipe, step.phase, quorum)
         first = step.phase == self.algorithm.phases[0]
         online = len(self._everyone) - len(absent) if first else len(there)
         check_cohort(self.recipe, len(there), online, quorum, absent, run=self.journal.run, round=step.round)

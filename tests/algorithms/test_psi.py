@@ -23,7 +23,7 @@ from fedflow.cli import main
 from fedflow.engine import simulate, start_run
 from fedflow.engine.psi import common_items
 from fedflow.engine.results import read_result
-from fedflow.errors import QuorumLost, RecipeError, ResolveError, UpdateInvalid, UserError
+from fedflow.errors import QuorumLost, RecipeError, ResolveError, TrainingInvalid, UpdateInvalid, UserError
 from fedflow.local.matching import KeyedTable, rows_of
 from fedflow.recipe import Recipe, SiteConfig
 from fedflow.simulation.engine import simulate as simulate_on
@@ -83,6 +83,9 @@ def test_the_rule_for_texts_is_the_recipes() -> None:
     assert texts(["ﬁ", "FI", "fi"]) == ["FI", "fi", "ﬁ"]
     assert texts(["ﬁ", "FI", "fi"], "NFKC") == ["FI", "fi"]
     assert texts(["Straße", "STRASSE", "ﬁ"], "NFKC", ignore_case=True) == ["fi", "strasse"]
+    assert texts(["ℌ", "H", "h"], "NFKC", ignore_case=True) == ["h"], "compatible with a capital letter"
+    same = ["\u1fb4", "\u03b1\u0345\u0301", "\u03b1\u0301\u0345"]  # canonically equivalent
+    assert len({unicodedata.normalize("NFC", text) for text in same}) == len(texts(same, ignore_case=True)) == 1
     sites = {"a": ["Ada ", "BOB"], "b": ["ada", "bob"]}
     assert read_result(simulate(psi(ignore_case=True), sites)).values["intersection"] == 1  # blanks tell apart
 
@@ -191,6 +194,28 @@ class _Work:
         return {"threads": 2}
 
 
+# -- who does not keep to the protocol ------------------------------------------------------------------------------------
+@pytest.mark.parametrize("point", [bytes(32), (1).to_bytes(32, "little"), (2**255 - 20).to_bytes(32, "little")])
+def test_a_list_with_a_point_of_small_order_is_refused_and_says_whose_it_is(point: bytes) -> None:
+    """Raised by any key it comes out the same: it would be in every list."""
+    algorithm, context = PSI(), RoundContext("run", 0, "second", "site-1", 2, 0)
+    lists = {site: torch.tensor(list(point), dtype=torch.uint8) for site in ("site-1", "site-2")}
+    _, secrets = algorithm._blinded(_Work(["x"]), context)
+    given = {"lists": lists, "keys": lists, "places": {}}
+    with pytest.raises(
+        TrainingInvalid, match=r"psi: the list of site-2: found what is none .*expected points of the curve"
+    ):
+        algorithm.site_update(given, secrets, _Work(["x"]), context)
+
+
+def test_a_list_that_is_sealed_for_nobody_is_refused_and_says_whose_it_is() -> None:
+    algorithm, context = PSI(), RoundContext("run", 0, "third", "site-1", 3, 0)
+    lists = {site: torch.zeros(80, dtype=torch.uint8) for site in SETS}
+    _, secrets = algorithm._blinded(_Work(["x"]), context)
+    with pytest.raises(TrainingInvalid, match=r"psi: the list of site-2: .*sealed for this site"):
+        algorithm.site_update({"lists": lists, "keys": lists, "places": {}}, secrets, _Work(["x"]), context)
+
+
 # -- tables ------------------------------------------------------------------------------------------------------------
 def test_tables_are_aligned(tmp_path: Path) -> None:
     left = pandas.DataFrame({"id": ["p3", "p1", "p9", "p2"], "age": [3, 1, 9, 2]})
@@ -223,6 +248,16 @@ def test_sites_must_be_two_or_three_and_all_of_them_answer() -> None:
             simulate(psi(), {f"site-{i}": ["a"] for i in range(count)})
     with pytest.raises(RecipeError, match=r"quorum: found 2, expected none with algorithm psi"):
         Recipe.load({**psi().model_dump(), "quorum": 2})
+    with pytest.raises(RecipeError, match=r"required_sites: found \['a'\], expected none with algorithm psi"):
+        Recipe.load({**psi().model_dump(), "required_sites": ["a"]})
+
+
+def test_no_site_aggregates() -> None:
+    """It would read every list under all keys, and so tell which of its items only one of the two others has."""
+    with pytest.raises(
+        RecipeError, match="schedule: found swarm with algorithm psi, expected one that aggregates at the"
+    ):
+        Recipe.load({**psi().model_dump(), "schedule": "swarm"})
 
 
 def test_three_sites_do_not_become_two(tmp_path: Path) -> None:
@@ -238,8 +273,8 @@ def test_three_sites_do_not_become_two(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "data, column, told",
     [
-        (["a", 1.5], None, r"items: found 'float 1.5', expected texts and whole numbers"),
-        ([True], None, "found 'bool True'"),
+        (["a", 1.5], None, r"items: found 'float', expected texts and whole numbers"),
+        ([True], None, "found 'bool'"),
         (["\ud800"], None, "surrogates not allowed"),
         ({"id": ["a"]}, None, "workload: found 'dict', expected texts and whole numbers, or a table"),
         ({"id": ["a"]}, "ID", r"algorithm.column: found 'ID', expected one of \['id'\]"),

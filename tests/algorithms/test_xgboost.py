@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -238,8 +240,34 @@ def test_a_site_that_is_killed_while_all_train_together_has_all_of_them_asked_ag
         simulate(recipe("whole_numbers", algorithm=algorithm, rounds=2), SITES, store=store, run="trees-1")
     journal = simulate(recipe("whole_numbers", algorithm=algorithm, rounds=2), SITES, store=store, run="trees-1")
     assert killed and model_of(booster_of(journal)) == model_of(booster_of(undisturbed))
-    left = [p for p in psutil.process_iter(["cmdline"]) if any("boosting.py" in a for a in p.info["cmdline"] or [])]
-    assert not left
+    ours = psutil.Process().children(recursive=True)  # others may run beside this test
+    assert not [p for p in ours if any("boosting.py" in argument for argument in p.cmdline())]
+
+
+def test_a_site_that_is_killed_leaves_neither_processes_nor_rows_behind(tmp_path: Path) -> None:
+    folder = tmp_path / "job"
+    folder.mkdir()
+    (folder / "rows").write_text("of patients")
+    site = """
+import sys
+from pathlib import Path
+from fedflow.local.together import _answers, _free_port, _Process
+port = _free_port()
+server = _Process(Path(sys.argv[1]), "serve", {"size": 2, "port": port, "patience": 60})
+while not _answers(port):
+    pass
+print(server._process.pid, flush=True)
+sys.stdin.read()
+"""
+    killed = subprocess.Popen(
+        [sys.executable, "-c", site, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert killed.stdout
+    server = psutil.Process(int(killed.stdout.readline()))
+    killed.kill()
+    killed.communicate()
+    gone, _ = psutil.wait_procs([server], timeout=60)
+    assert gone and not folder.exists()
 
 
 # -- mistakes ----------------------------------------------------------------------------------------------------------

@@ -113,6 +113,19 @@ def test_nobody_left_to_aggregate_is_an_error_and_no_green_round(tmp_path: Path)
         open_round(begun, step, absent={"site-1": "no worker"})
 
 
+def test_who_needs_everyone_needs_all_that_the_cohort_asks_and_not_those_only_that_aggregate(tmp_path: Path) -> None:
+    spec = recipe(
+        algorithm={"kind": "xgboost", "mode": "histogram", "params": {"objective": "binary:logistic"}},
+        workload="tests.builders:labelled",
+        schedule={"kind": "swarm", "aggregators": ["site-1"]},
+    )
+    journal = start_run(ObjectStore(str(tmp_path)), "run", spec, SITES)
+    step = next_step(journal, spec)
+    assert step is not None
+    with pytest.raises(QuorumLost, match="required sites are absent: site-2"):
+        open_round(journal, step, absent={"site-2": "no worker"})
+
+
 # -- tree --------------------------------------------------------------------------------------------------------------
 def test_a_tree_of_three_regions_equals_flat_within_1e_12() -> None:
     fields: dict[str, Any] = {

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -26,7 +26,7 @@ from fedflow.engine import (
     survey,
 )
 from fedflow.engine.best import best_round, stops_early
-from fedflow.engine.rounds import Survey, recording_outcome
+from fedflow.engine.rounds import Survey, quorum_of, recording_outcome
 from fedflow.engine.site import SiteWork
 from fedflow.errors import (
     OpeningClosed,
@@ -42,6 +42,7 @@ from fedflow.recipe import Recipe, SiteConfig
 from fedflow.store.journal import Journal, list_runs
 from fedflow.store.objects import ObjectStore
 from fedflow.store.records import Contribution, Manifest, Opening, Plan, UpdateManifest, utc_now
+from tests import builders
 from tests.builders import SITES, head, in_child, keys, outcome, path_of, recipe, run, trainings
 
 
@@ -583,3 +584,28 @@ def test_how_a_start_ended_is_in_the_journal(error: Exception | None, status: st
             assert raised is error
         last = journal.outcomes()[-1]
         assert (last.number, last.status, last.message) == (number, status, message)
+
+
+class Once(builders.Bounded):
+    """The bound is everybody's to say; what comes of the training, any one site's."""
+
+    kind: Literal["once"] = "once"  # type: ignore[assignment]
+
+    def enough(self, phase: str, quorum: int) -> int:
+        return 1
+
+
+def test_fewer_answers_are_enough_in_a_later_phase_with_the_recipes_quorum_too(tmp_path: Path) -> None:
+    """In a round of three sites with a quorum of two: one answer closes its second phase, at the coordinator and in simulation."""
+    fields: dict[str, Any] = {"algorithm": "tests.engine.test_rounds:Once", "quorum": 2, "rounds": 1}
+    journal = started(str(tmp_path), **fields)
+    plan, opening = opened(journal)
+    assert (plan.phase, opening.quorum) == ("bound", 2)
+    for site in plan.tasks:
+        answer(journal, plan, site)
+    commit_round(journal, plan, closed(journal, plan, opening))
+    plan, opening = opened(journal)
+    assert (plan.phase, plan.quorum, opening.quorum) == ("train", 1, 1)
+    answer(journal, plan, "site-2")
+    assert list(commit_round(journal, plan, closed(journal, plan, opening)).contributors) == ["site-2"]
+    assert quorum_of(journal.recipe(), "bound", 3) == 2 and quorum_of(journal.recipe(), "train", 3) == 1

@@ -106,7 +106,7 @@ def test_the_example_site_allows_what_the_example_recipe_names() -> None:
 
 
 # -- settings ----------------------------------------------------------------------------------------------------------
-NOT_PREFECTS = re.compile(r"DO_NOT_TRACK|SSL_CERT_FILE|AWS_\w+|POSTGRES_\w+|FORWARDED_ALLOW_IPS")
+NOT_PREFECTS = re.compile(r"FEDFLOW_\w+|DO_NOT_TRACK|SSL_CERT_FILE|AWS_\w+|POSTGRES_\w+|FORWARDED_ALLOW_IPS")
 SETTINGS = ["coordinator.env", "site.env"]
 
 

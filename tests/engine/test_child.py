@@ -72,13 +72,13 @@ def test_a_child_commits_what_this_process_would(tmp_path: Path) -> None:
 def test_a_child_begins_the_run_that_this_process_would(tmp_path: Path) -> None:
     store = ObjectStore(str(tmp_path))
     for _ in range(2):
-        start_in_child(store.url, {}, "run", recipe(), list(SITES), timeout=WARM)
+        start_in_child(store.url, {}, "run", recipe(), list(SITES), {}, timeout=WARM)
     here = start_run(ObjectStore("memory://here"), "run", recipe(), SITES)
     assert head(Journal(store, "run")).model_digest == head(here).model_digest
     with pytest.raises(RunExists, match="seed: 5 there, 6 here"):
-        start_in_child(store.url, {}, "run", recipe(seed=6), list(SITES), timeout=WARM)
+        start_in_child(store.url, {}, "run", recipe(seed=6), list(SITES), {}, timeout=WARM)
     with pytest.raises(ResolveError, match="model: found 'tests.builders:Nothing'"):
-        start_in_child(store.url, {}, "other", recipe(model="tests.builders:Nothing"), list(SITES), timeout=WARM)
+        start_in_child(store.url, {}, "other", recipe(model="tests.builders:Nothing"), list(SITES), {}, timeout=WARM)
 
 
 def test_what_a_child_says_is_said_here(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -23,7 +23,7 @@ from fedflow.testing.faults import fail_at
 from tests.builders import SITES, bits, blobs, recipe
 from tests.prefect.conftest import Poc
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 
 ROUNDS = 4
 

@@ -17,6 +17,7 @@ SWARM: dict[str, Any] = {"schedule": "swarm", "rounds": 3}
 TREE: dict[str, Any] = {"schedule": {"kind": "tree", "regions": {"north": ["site-1", "site-3"]}}}
 
 
+@pytest.mark.faults
 def test_a_swarm_has_the_bits_of_fedavg_though_site_and_coordinator_are_killed(poc: Poc, tmp_path: Path) -> None:
     """Round 0 is site-1's to aggregate: killed -9 with an object half done, it is taken over by site-2. In round 2 the coordinator dies
     when it has noted whom it asks, and is resumed."""

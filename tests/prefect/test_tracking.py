@@ -158,6 +158,7 @@ def test_a_simulation_that_is_killed_crashed(project: Project, prefect_api: Pref
     assert ended(prefect_api, project).state_type == StateType.CRASHED
 
 
+@pytest.mark.faults
 def test_an_outage_costs_nothing_that_is_shown_in_the_end(project: Project, postgres: str) -> None:
     """The server is gone from the middle of the run until after its end."""
     with prefect_server(postgres) as api:
@@ -174,6 +175,7 @@ def test_an_outage_costs_nothing_that_is_shown_in_the_end(project: Project, post
         assert [row["round"] for row in rounds] == list(range(300))
 
 
+@pytest.mark.faults
 def test_without_an_api_that_answers_a_run_is_only_warned(project: Project) -> None:
     result = project.shell("run", "recipe.yaml", "--tracking", "--quiet", PREFECT_API_URL="http://127.0.0.1:1/api")
     assert (result.code, result.out.splitlines()[0]) == (0, "points-1 finished: 3 rounds")

@@ -107,7 +107,10 @@ def test_a_site_runs_its_own_flow_and_nothing_else(
         assert mine.exists()
         run = ended(client, deploy(client, "hospital", foreign)(file=str(other)))
         assert run.state_type == StateType.CRASHED and run.state is not None
-        assert "found 'foreign', expected one of ['fedflow-site']; nothing else runs here" in str(run.state.message)
+        assert (
+            "found 'foreign', expected one of ['fedflow-aggregation', 'fedflow-site']; nothing else runs here"
+            in str(run.state.message)
+        )
         assert not stolen.exists() and not other.exists()
 
 

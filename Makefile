@@ -33,9 +33,9 @@ test: setup ## style, types, then every test that needs no browser and no nginx
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not browser and not proxy and not faults and not azure and not ray"
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not browser and not proxy and not faults and not azure and not ray"
 
-test-faults: setup ## kills and outages of every process, on a real Prefect server
+test-faults: setup ## kills, outages and real seconds, on a real Prefect server
 	$(BIN)/pytest -m faults
 
 chaos: setup ## the fault matrix on real servers, an hour; ARGS='--case "cancel-*"' or ARGS='--minutes 30' at random

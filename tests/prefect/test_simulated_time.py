@@ -23,7 +23,7 @@ from tests.builders import SITES, blobs, recipe
 from tests.prefect.conftest import Poc
 from tests.prefect.test_kills import MINUTES
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]  # in real seconds: nothing else may take the machine's time
 
 
 class Paced(FunctionWorkload):

@@ -39,6 +39,7 @@ import torch
 from prefect.client.schemas.objects import FlowRun
 from torch import Tensor, nn
 
+from benchmarks.dispatch import await_commit
 from fedflow.engine.forks import ForkServer, Line
 from fedflow.environments.base import Run
 from fedflow.environments.poc import QUIET, PocEnv
@@ -204,16 +205,6 @@ def measure(database: str, options: argparse.Namespace, home: Path) -> dict[str,
         after = Spent(env)
         run.result()
         return {"database": database, "sites": options.sites, **figures(run, before, after, idle, probe, options)}
-
-
-def await_commit(run: Run, number: int) -> None:
-    """Until that round is committed: seen in the store, for the API has enough to do."""
-    looks = 0
-    while run.journal.manifest(number, "train") is None:
-        time.sleep(0.1)
-        looks += 1
-        if looks % 300 == 0 and run.status() != "running":
-            run.result()
 
 
 def figures(

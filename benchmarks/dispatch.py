@@ -102,9 +102,9 @@ def measure(kind: str, sites: int, rounds: int, home: Path) -> dict[str, Any]:
     )
     with PocEnv(Federation.of(sites), home=home, site_type=kind) as env:
         run = env.execute(recipe)
-        _await(run, 0)
+        await_commit(run, 0)
         before = Spent(env)
-        _await(run, rounds)
+        await_commit(run, rounds)
         after = Spent(env)
         run.result()
         seconds, between = _seconds(run.journal, rounds)
@@ -120,7 +120,7 @@ def measure(kind: str, sites: int, rounds: int, home: Path) -> dict[str, Any]:
         }
 
 
-def _await(run: Run, number: int) -> None:
+def await_commit(run: Run, number: int) -> None:
     """Until that round is committed: seen in the store, for the API has enough to do."""
     looks = 0
     while run.journal.manifest(number, "train") is None:

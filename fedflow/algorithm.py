@@ -110,18 +110,8 @@ class Evaluated:
 
     def update(self, ctx: RoundContext, tensors: Groups, scalars: Mapping[str, float] | None = None) -> Update:
         """This as the update of `ctx.site`, which trained nothing, with `tensors` as its payload."""
-        assert ctx.site is not None
-        return Update(
-            site=ctx.site,
-            base_round=ctx.round,
-            examples=self.examples,
-            steps=0,
-            lr_sum=0.0,
-            tensors=tensors,
-            scalars=scalars or {},
-            metrics=self.metrics,
-            numerics=self.numerics,
-        )
+        untrained = LocalResult({}, {}, {}, self.examples, 0, 0.0, self.metrics, self.numerics)
+        return untrained.update(ctx, tensors, scalars)
 
 
 @dataclass(frozen=True)

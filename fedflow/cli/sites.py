@@ -9,7 +9,7 @@ import typer
 
 from fedflow.cli.options import AsJson, RecipeFile
 from fedflow.cli.text import complain, digest, duration, metrics, one_line, size
-from fedflow.errors import UserError, field_error
+from fedflow.errors import FedflowError, UserError, field_error
 
 if TYPE_CHECKING:
     from fedflow.recipe import Recipe, SiteConfig
@@ -138,7 +138,6 @@ def _list_runs(site: SiteConfig) -> None:
 
     from fedflow.cli.tables import output
     from fedflow.engine.review import verdict
-    from fedflow.errors import FedflowError
     from fedflow.store.journal import list_runs
     from fedflow.store.objects import ObjectStore
 
@@ -229,7 +228,7 @@ def _report_unreadable(path: Path, error: UserError) -> None:
     from fedflow.engine.starts import report_start
     from fedflow.recipe import SiteConfig
 
-    with contextlib.suppress(Exception):
+    with contextlib.suppress(OSError, ValueError, TypeError, yaml.YAMLError, FedflowError):
         given = yaml.safe_load(path.read_text(encoding="utf-8"))
         least = {name: given[name] for name in ("name", "store", "store_options", "audit") if name in given}
         report_start(SiteConfig.load({**least, "state": tempfile.gettempdir()}), [str(error)], starts=False)

@@ -21,7 +21,8 @@ __all__ = ["append", "audited", "read_audit"]
 def audited(store: ObjectStore, config: SiteConfig, run: str, round: int | None, phase: str) -> ObjectStore:
     """`store` as the site of `config` uses it: each object that is about to be sent gets a line in its `audit`, if it has one.
 
-    A line is on the disk before a byte is sent; of what is made while it is sent, a second one with its digest follows. Where it cannot be written, nothing is: UserError.
+    A line is on the disk before a byte is sent; of what is made while it is sent, a second one with its digest follows. Where it
+    cannot be written, nothing is sent: UserError.
     """
     path = config.audit
     if path is None:
@@ -58,7 +59,7 @@ def append(field: str, path: Path, line: bytes) -> None:
 
 
 def read_audit(path: Path, run: str | None = None) -> Iterator[dict[str, Any]]:
-    """Its lines, the oldest first; of one run, if named. None where nothing was sent yet."""
+    """Its lines, the oldest first; of one run, if named."""
     if path.exists():
         with path.open(encoding="utf-8") as file:
             lines = (json.loads(line) for line in file)

@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from fedflow.engine.aggregation import reduce_elsewhere
 from fedflow.engine.review import check_approved
@@ -45,12 +46,12 @@ def aggregation_step(work: ShareWork, config: SiteConfig) -> Reduced:
     check_pinned(journal, config)
     plan = journal.plan(work.round, work.phase)
     closing = journal.closing(plan, work.opening) if plan else None
-    place = {"run": work.run, "round": work.round, "site": config.name}
+    place: dict[str, Any] = {"run": work.run, "round": work.round, "site": config.name}
     if plan is None or closing is None:
-        raise SiteError(f"found no closing of opening {work.opening}, expected one", **place)  # type: ignore[arg-type]
+        raise SiteError(f"found no closing of opening {work.opening}, expected one", **place)
     ours = [s for s in shares(plan, closing) if s.name == work.share and config.name in s.workplaces]
     if not ours:
-        raise SiteError(f"share: found {work.share!r}, expected one that this workplace may do", **place)  # type: ignore[arg-type]
+        raise SiteError(f"share: found {work.share!r}, expected one that this workplace may do", **place)
     return reduce_elsewhere(journal, plan, closing, ours[0], config.name, recipe=recipe)
 
 

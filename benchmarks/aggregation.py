@@ -245,11 +245,14 @@ def plot(path: str, sizes: list[int], counts: list[int], found: list[dict[str, A
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.5), sharey=True)
     by_size, by_count = found[: len(sizes)], found[len(sizes) :]
     for axis, rows, values, label in zip(
-        axes, (by_size, by_count), (sizes, counts), ("model, MiB", "sites"), strict=True
+        axes, (by_size, by_count), (sizes, counts), ("model, MiB (4 sites)", f"sites ({sizes[0]} MiB)"), strict=True
     ):
         axis.plot(values, [row["peak"] for row in rows], "o-", label="aggregation")
         axis.plot(values, [row["import"] for row in rows], "s--", label="of that, importing torch")
-        axis.set(xlabel=label, xscale="log", ylim=(0, None))
+        axis.set(xlabel=label, xscale="log")
+        axis.set_xticks(values, [str(value) for value in values])
+        axis.minorticks_off()
+    axes[0].set_ylim(0, 1.1 * max(row["peak"] for row in found))
     axes[0].set(ylabel="peak resident memory, MiB")
     axes[0].legend()
     figure.tight_layout()
@@ -277,6 +280,8 @@ def main() -> None:
         name, args = options.call
         print(json.dumps(CALLS[name](*json.loads(args))))
         return
+    if options.folder:
+        Path(options.folder).mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         base = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=options.folder)))
         store_options: dict[str, Any] = {}

@@ -92,6 +92,7 @@ class WeightedMean:
         self._places: Mapping[str, Place] | None = None
         self._total: dict[str, Tensor] = {}
         self._block: dict[str, Tensor] = {}
+        self._spare: dict[str, Tensor] = {}  # sums of blocks that are closed: memory for the next one's
         self._weight: dict[str, float] = {}
         self._single: dict[str, Tensor | None] = {}
         self._dtype: dict[str, torch.dtype] = {}
@@ -113,6 +114,8 @@ class WeightedMean:
             self._shape[name] = tensor.shape
             if name in self._block:
                 _add_scaled(self._block[name], tensor, weight)
+            elif name in self._spare:
+                self._block[name] = self._spare.pop(name).copy_(tensor).mul_(weight)
             else:
                 self._block[name] = tensor.to(torch.float64, copy=True).contiguous().mul_(weight)
             self._weight[name] = self._weight.get(name, 0.0) + weight
@@ -176,7 +179,7 @@ class WeightedMean:
 
         names = {name: dtype_name(dtype) for name, (dtype, _, _) in places.items()}
         singles = {flat: one for flat, one in self._single.items() if one is not None}
-        self._places, self._total, self._block = None, views(self._total), views(self._block)
+        self._places, self._total, self._block, self._spare = None, views(self._total), views(self._block), {}
         self._single = {**dict.fromkeys(places), **views(singles)}
         self._weight = {name: self._weight[flat] for name, flat in names.items()}
         self._dtype = {name: dtype for name, (dtype, _, _) in places.items()}
@@ -184,13 +187,17 @@ class WeightedMean:
 
     def _close_block(self) -> None:
         for name, partial in self._block.items():
-            self._total[name] = self._total[name].add_(partial) if name in self._total else partial
+            if name in self._total:
+                self._total[name].add_(partial)
+                self._spare[name] = partial
+            else:
+                self._total[name] = partial
         self._block = {}
 
     def means(self) -> dict[str, Tensor]:
         """The means in float64, not yet rounded (see `cast`); a mean of one update as that update sent it. To be asked once."""
         self._close_block()
-        total, self._total = self._total, {}
+        total, self._total, self._spare = self._total, {}, {}
         found = {
             name: total[name].div_(self._weight[name]) if (one := self._single[name]) is None else one for name in total
         }

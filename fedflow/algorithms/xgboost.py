@@ -15,6 +15,7 @@ import itertools
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Literal, Protocol
@@ -299,8 +300,10 @@ def _told(ctx: RoundContext) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError) as error:  # XGBoostError is a ValueError
-        first = str(error).partition("\nStack trace")[0].partition("Check failed: ")
-        raise TrainingInvalid(f"xgboost: {(first[2] or first[0])[:1000]}", **ctx.place) from error
+        text = re.sub(
+            r"^\[[\d:]+\] \S+:\d+: ", "", str(error).partition("\nStack trace")[0]
+        )  # the time, and its source's line
+        raise TrainingInvalid(f"xgboost: {text.removeprefix('Check failed: ')[:1000]}", **ctx.place) from error
 
 
 def _xgboost() -> Any:
@@ -328,6 +331,8 @@ def _rows(data: Any, part: Literal["train", "held_out"], threads: int) -> Any:
         if len(data[0]) != len(data[1]):
             found = f"{len(data[0])} rows and {len(data[1])} labels"
             raise ValueError(field_error("workload", found, "as many of each", "mend the data"))
+        if (kind := getattr(data[0], "dtype", None)) is not None and kind.kind in "US":
+            raise ValueError(field_error("workload", f"features of type {kind}", "numbers", "encode the texts"))
         data = xgboost.DMatrix(data[0], label=data[1], nthread=threads, enable_categorical=True)  # to name them below
     if not data.num_row():
         raise ValueError(field_error("workload", "no rows", "some", "leave this site out"))

@@ -128,7 +128,7 @@ def check_sites(recipe: Recipe, sites: Sequence[SiteId]) -> None:
             f"overrides, required_sites: found sites {unknown}, expected sites among {sorted(sites)}; correct the names"
         )
     if unknown := sorted(set(recipe.schedule.names) - set(sites)):
-        raise UserError(field_error("schedule.sites", unknown, f"sites among {sorted(sites)}", "correct the names"))
+        raise UserError(field_error("schedule", unknown, f"sites among {sorted(sites)}", "correct the names"))
     invited = sorted(recipe.schedule.invited or sites)
     for field, site in recipe.algorithm.names.items():
         if site not in invited:

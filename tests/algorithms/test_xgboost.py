@@ -389,7 +389,8 @@ CATEGORIES = pandas.DataFrame(X, columns=list("abcdefgh")).assign(colour=pandas.
         ([X, Y], r"workload: found 'list', expected \(features, labels\)"),
         ({"test": (X, Y)}, r"workload: found \['test'\], expected a mapping with 'train'"),
         ((X, Y + 7), "label must be in"),
-        ((np.array([["a"] * 8] * 40), Y), "xgboost: "),
+        ((np.array([["a"] * 8] * 40), Y), "workload: found 'features of type <U1', expected numbers"),
+        ((X, ["a"] * 40), "xgboost: "),
         (
             (CATEGORIES, Y),
             r"workload: found \"categorical columns \['colour'\]\", expected columns of numbers; encode them",

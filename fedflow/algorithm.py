@@ -208,48 +208,14 @@ class Training(Protocol):
 
 
 class Own(Protocol):
-    """The work that algorithms are given that train nothing: what the site has, and functions that it offers.
+    """The work that algorithms are given that train nothing: what the site has, and functions that it offers. One that needs more of
+    a site says what in a protocol of its own, and in `Algorithm.work` who does it.
 
     data: what the recipe's workload made, of whatever kind
     """
 
     @property
     def data(self) -> Any: ...
-
-    @property
-    def policy(self) -> Any:
-        """What the site's owner lets be known of its tables: a `StatisticsPolicy`."""
-        ...
-
-    def datasets(self) -> Mapping[str, Any]:
-        """`data` as tables of numbers: name -> `Dataset`. Raises ResolveError where it is none."""
-        ...
-
-    def items(self, column: str | None) -> Iterable[Any]:
-        """`data` as single values: those of a column where it is a table, else its own. Raises ResolveError where it has none."""
-        ...
-
-    def matched(self, items: Sequence[str]) -> None:
-        """Let `data` know which of its items are everybody's, if it wants to: by its method of this name."""
-        ...
-
-    def boosted(
-        self,
-        rows: Any,
-        params: Mapping[str, Any],
-        iterations: int,
-        booster: bytes | None,
-        meeting: Mapping[str, Any],
-        tracker: Any,
-        patience: float,
-        ctx: RoundContext,
-    ) -> bytes:
-        """Trees of so many more iterations, as xgboost's JSON, that all sites of `meeting` grow at once on the rows of all of them.
-
-        booster: what they begin with; tracker: where they meet, None = on this machine; patience: seconds
-        Raises SiteError where not all come and stay.
-        """
-        ...
 
     def recorded(self) -> Mapping[str, Any]:
         """What decides the bits of what is computed here, for `Update.numerics`."""
@@ -273,6 +239,8 @@ class Algorithm(Described):
     kind: str
     trains: ClassVar[bool] = True
     """Whether its sites' work is a `Training` of the recipe's model; otherwise it is `Own`, and the recipe may leave out a model."""
+    work: ClassVar[str] = "fedflow.local.own:OwnData"
+    """Where it trains nothing: the class, "module:attribute", whose instances its sites are given as `Own`, a kind of this one."""
     needs_all: ClassVar[bool] = False
     """Whether a round needs an answer of every site of its schedule, be it there or not: a quorum is then refused."""
     coordinator_only: ClassVar[bool] = False
@@ -294,6 +262,11 @@ class Algorithm(Described):
     Otherwise it is excluded until the state is there again."""
 
     # -- before a run
+    @property
+    def names(self) -> Mapping[str, SiteId]:
+        """Sites that it names, by field: each must be one that may be asked."""
+        return {}
+
     def objections(self, training: Any) -> list[str]:
         """What speaks against this local training (the recipe's, or a site's): each names the field and the fix."""
         return []

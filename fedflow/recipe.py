@@ -757,6 +757,24 @@ def _in_a_folder(path: str) -> str:
     return path
 
 
+class TLS(Described):
+    """Absolute paths of PEM files for connections between sites, in which each proves to the other who it is."""
+
+    authority: str
+    """The certificates of who signed the other sites' certificates."""
+    certificate: str
+    """This site's. Where the others come to it, with the name by which they do (`tracker.host`)."""
+    private_key: str
+    """The certificate's."""
+
+    @field_validator("authority", "certificate", "private_key")
+    @classmethod
+    def _absolute(cls, path: str) -> str:
+        if not Path(path).is_absolute():
+            raise ValueError(f"found {path!r}, expected an absolute path; write {str(Path(path).absolute())!r}")
+        return path
+
+
 class SiteConfig(Described):
     """A site's own configuration: what its owner decides. Nothing in it can be set from outside."""
 
@@ -774,6 +792,8 @@ class SiteConfig(Described):
     """Short names for workloads: name -> import path."""
     tasks: dict[str, str] = {}
     """Short names for functions that a task may call here: name -> import path."""
+    tls: TLS | None = None
+    """Certificates for where sites that train together meet (XGBoost's histograms). Default: nothing is encrypted there."""
     statistics: StatisticsPolicy | None = None
     """What may be known of the tables here. Default: what the workload says, else NVFlare's."""
     workload_args: dict[str, JsonValue] = {}

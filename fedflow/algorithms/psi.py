@@ -17,11 +17,11 @@ import json
 import math
 import os
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import reduce
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
@@ -44,13 +44,28 @@ from fedflow.types import (
     canonical_json,
 )
 
-__all__ = ["PSI", "PSIState", "SiteSecrets", "texts"]
+__all__ = ["PSI", "Item", "OwnItems", "PSIState", "SiteSecrets", "texts"]
 
 POINT = 32
 """Bytes of a point of the curve, and of a key."""
 SEAL = 48
 """Bytes that sealing adds."""
 DOMAIN = b"fedflow psi"
+
+Item = Callable[[Any], str | None]
+"""A value -> the item that it is; None where it is missing. Raises ValueError where it can be none."""
+
+
+class OwnItems(Own, Protocol):
+    """What a site gives to private set intersection."""
+
+    def items(self, column: str | None, item: Item) -> Iterable[Any]:
+        """The site's values: those of a column where it has a table, else its own. Raises ResolveError where it has none."""
+        ...
+
+    def matched(self, items: Sequence[str], item: Item) -> None:
+        """Let the data know which of its items are everybody's, if it wants to."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -83,6 +98,7 @@ class PSI(Algorithm):
 
     kind: Literal["psi"] = "psi"
     trains: ClassVar[bool] = False
+    work: ClassVar[str] = "fedflow.local.matching:ItemData"
     partitionable: ClassVar[bool] = False
     needs_all: ClassVar[bool] = True
     coordinator_only: ClassVar[bool] = True  # who reads all lists under all keys can tell what two of three sites share
@@ -100,6 +116,23 @@ class PSI(Algorithm):
     """The most that the probability of any wrong item may be: of the last lists, only the bytes that this takes are compared. Ours."""
     max_items: Annotated[int, Field(ge=1, le=100_000_000, strict=True)] = 2_000_000
     """The most that a site may have. Ours."""
+
+    def item(self, value: Any) -> str | None:
+        """`value` as an item: texts in this normal form and case, whole numbers as decimal digits; None where it is missing.
+
+        Raises ValueError where it is neither a text nor a whole number.
+        """
+        if isinstance(value, str):
+            text = unicodedata.normalize(self.unicode, _folded(value, self.unicode) if self.ignore_case else value)
+            if not text.isascii():
+                text.encode()  # a lone surrogate raises UnicodeEncodeError, which is a ValueError
+            return text or None
+        if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
+            return str(int(value))
+        if value is None or (isinstance(value, float) and math.isnan(value)):
+            return None
+        found = type(value).__name__  # not the value: the message leaves the site
+        raise ValueError(field_error("items", found, "texts and whole numbers", "convert them at the site"))
 
     @property
     def least_updates(self) -> int:
@@ -191,7 +224,7 @@ class PSI(Algorithm):
 
     # -- site
     def site_update(
-        self, broadcast: Groups, site_state: SiteSecrets, work: Own, ctx: RoundContext
+        self, broadcast: Groups, site_state: SiteSecrets, work: OwnItems, ctx: RoundContext
     ) -> tuple[Update, SiteSecrets]:
         assert ctx.site is not None
         sent: dict[str, Tensor] = {}
@@ -201,7 +234,7 @@ class PSI(Algorithm):
         elif ctx.phase == "reveal":
             items = site_state.texts
             common = sorted(items[place] for place in broadcast["places"][ctx.site].tolist())
-            work.matched(common)
+            work.matched(common, self.item)
             site_state = SiteSecrets({}, {"items": _json(common)})
             metrics = {"items": float(len(items)), "intersection": float(len(common))}
         else:
@@ -209,10 +242,10 @@ class PSI(Algorithm):
         groups = {} if ctx.phase == "reveal" else {"sent": sent}
         return Update(ctx.site, ctx.round, 1, 1, 0.0, groups, metrics=metrics, numerics=work.recorded()), site_state
 
-    def _blinded(self, work: Own, ctx: RoundContext) -> tuple[dict[str, Tensor], SiteSecrets]:
+    def _blinded(self, work: OwnItems, ctx: RoundContext) -> tuple[dict[str, Tensor], SiteSecrets]:
         """A list under a new key. From the system's random numbers: whoever knew them could try items out."""
         try:
-            items = texts(work.items(self.column), self.unicode, self.ignore_case)
+            items = texts(work.items(self.column, self.item), self.item)
         except ValueError as error:
             raise TrainingInvalid(f"psi: {error}", **ctx.place) from error
         if len(items) > self.max_items:
@@ -266,27 +299,9 @@ def _places(lists: Tensors, width: int) -> dict[str, Tensor]:
 
 
 # -- items -------------------------------------------------------------------------------------------------------------
-def texts(values: Iterable[Any], form: Literal["NFC", "NFKC"] = "NFC", ignore_case: bool = False) -> list[str]:
-    """The items among `values`, sorted and each once: texts in Unicode's normal `form`; whole numbers as decimal digits.
-
-    What is missing (None, NaN, an empty text) is none. Raises ValueError for anything else.
-    """
-    return sorted({text for value in values if (text := text_of(value, form, ignore_case)) is not None})
-
-
-def text_of(value: Any, form: Literal["NFC", "NFKC"] = "NFC", ignore_case: bool = False) -> str | None:
-    """One value as an item; None where it is missing. Raises ValueError where it is neither a text nor a whole number."""
-    if isinstance(value, str):
-        text = unicodedata.normalize(form, _folded(value, form) if ignore_case else value)
-        if not text.isascii():
-            text.encode()  # a lone surrogate raises UnicodeEncodeError, which is a ValueError
-        return text or None
-    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
-        return str(int(value))
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return None
-    found = type(value).__name__  # not the value: the message leaves the site
-    raise ValueError(field_error("items", found, "texts and whole numbers", "convert them at the site"))
+def texts(values: Iterable[Any], item: Item) -> list[str]:
+    """The items among `values`, sorted and each once. Raises ValueError as `item` does."""
+    return sorted({text for value in values if (text := item(value)) is not None})
 
 
 def _folded(text: str, form: Literal["NFC", "NFKC"]) -> str:

@@ -16,7 +16,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Protocol, Self
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ from fedflow.types import (
     canonical_json,
 )
 
-__all__ = ["Dataset", "Statistics", "StatisticsPolicy", "StatisticsState", "statistics_table"]
+__all__ = ["Dataset", "OwnTables", "Statistics", "StatisticsPolicy", "StatisticsState", "statistics_table"]
 
 Floats = NDArray[np.float64]
 Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -86,6 +86,19 @@ class Dataset:
     others: Sequence[str] = ()
 
 
+class OwnTables(Own, Protocol):
+    """What a site gives to statistics."""
+
+    @property
+    def policy(self) -> StatisticsPolicy:
+        """What the site's owner lets be known."""
+        ...
+
+    def datasets(self) -> Mapping[str, Dataset]:
+        """The site's data, by name. Raises ResolveError where it is neither tables nor images."""
+        ...
+
+
 @dataclass(frozen=True)
 class StatisticsState:
     """summaries: canonical JSON, site -> dataset -> feature -> the first pass; points: of its sketches; found: of the result"""
@@ -102,6 +115,7 @@ class Statistics(Algorithm):
 
     kind: Literal["statistics"] = "statistics"
     trains: ClassVar[bool] = False
+    work: ClassVar[str] = "fedflow.local.tables:TableData"
     phases: ClassVar[tuple[str, ...]] = ("summary", "histogram")
     partitionable: ClassVar[bool] = False
     State: ClassVar[type[Any]] = StatisticsState
@@ -214,7 +228,7 @@ class Statistics(Algorithm):
 
     # -- site
     def site_update(
-        self, broadcast: Groups, site_state: NoState, work: Own, ctx: RoundContext
+        self, broadcast: Groups, site_state: NoState, work: OwnTables, ctx: RoundContext
     ) -> tuple[Update, NoState]:
         assert ctx.site is not None
         told, policy = Answer.decoded(broadcast["told"]).values, work.policy

@@ -15,9 +15,10 @@ import itertools
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from fedflow.described import Described
 from fedflow.errors import FedflowError, ResolveError, TrainingInvalid, UpdateInvalid, field_error
 from fedflow.types import Aggregate, Groups, RoundContext, SiteId, Spec, Tensors, TensorSpec, Update, canonical_json
 
-__all__ = ["Tracker", "XGBoost", "XGBoostState", "merged"]
+__all__ = ["Meeting", "OwnRows", "Tracker", "XGBoost", "XGBoostState", "merged"]
 
 Json = dict[str, Any]
 OURS: Mapping[str, str] = {
@@ -59,6 +60,40 @@ class Tracker(Described):
 
 
 @dataclass(frozen=True)
+class Meeting:
+    """Who trains together next. name: nobody else's; tracker: where, None = all are on one machine; patience: seconds to wait for others"""
+
+    name: str
+    sites: Sequence[SiteId]
+    tracker: Tracker | None
+    patience: float
+
+
+class OwnRows(Own, Protocol):
+    """What a site gives to boosting."""
+
+    @property
+    def encrypts(self) -> bool:
+        """Whether it meets the others, if they are on other machines, with certificates."""
+        ...
+
+    def boosted(
+        self,
+        rows: Any,
+        params: Mapping[str, Any],
+        iterations: int,
+        booster: bytes | None,
+        meeting: Meeting,
+        ctx: RoundContext,
+    ) -> bytes:
+        """Trees of so many more iterations, as xgboost's JSON, that all sites of `meeting` grow at once on the rows of all of them.
+
+        booster: what they begin with. Raises SiteError where not all come and stay.
+        """
+        ...
+
+
+@dataclass(frozen=True)
 class XGBoostState:
     """booster: its bytes as "booster", none at the beginning; meeting: canonical JSON, who trains together next"""
 
@@ -72,6 +107,7 @@ class XGBoost(Algorithm):
 
     kind: Literal["xgboost"] = "xgboost"
     trains: ClassVar[bool] = False
+    work: ClassVar[str] = "fedflow.local.together:RowData"
     partitionable: ClassVar[bool] = False
     model_files: ClassVar[tuple[str, ...]] = (".json", ".ubj")
     State: ClassVar[type[Any]] = XGBoostState
@@ -123,6 +159,10 @@ class XGBoost(Algorithm):
     def together(self) -> bool:
         return self.mode == "histogram"
 
+    @property
+    def names(self) -> Mapping[str, SiteId]:
+        return {"tracker.site": self.tracker.site} if self.together and self.tracker else {}
+
     def enough(self, phase: str, quorum: int) -> int:
         """Trees that all grew together are known from any of them."""
         return 1 if self.together and phase == "boost" else quorum
@@ -160,6 +200,7 @@ class XGBoost(Algorithm):
             found = _json(update.tensors["sent"]["bytes"])
             if phase == "meet":
                 assert isinstance(found["token"], str) and isinstance(found["columns"], list)
+                assert isinstance(found["tls"], bool)
             else:
                 _check_trees(found, self.trees_per_round)
         except (ValueError, LookupError, TypeError, AttributeError, AssertionError, RecursionError) as error:
@@ -207,18 +248,19 @@ class XGBoost(Algorithm):
 
     # -- site
     def site_update(
-        self, broadcast: Groups, site_state: NoState, work: Own, ctx: RoundContext
+        self, broadcast: Groups, site_state: NoState, work: OwnRows, ctx: RoundContext
     ) -> tuple[Update, NoState]:
         assert ctx.site is not None
         before, threads = _raw(broadcast["params"]), int(work.recorded()["threads"])
         with _told(ctx):
             rows = _rows(work.data, "train", threads)
         if ctx.phase == "meet":
-            sent = canonical_json({"token": os.urandom(16).hex(), "columns": _columns(rows)})
+            encrypts = self.tracker is not None and work.encrypts
+            sent = canonical_json({"token": os.urandom(16).hex(), "columns": _columns(rows), "tls": encrypts})
         elif self.together:
             told = json.loads(bytes(broadcast["meeting"]["told"].numpy()))
-            params = self._params(threads, told["seed"])
-            sent = work.boosted(rows, params, self.trees_per_round, before, told, self.tracker, self.patience, ctx)
+            params, meeting = self._params(threads, told["seed"]), self._meeting(told)
+            sent = work.boosted(rows, params, self.trees_per_round, before, meeting, ctx)
         else:
             with _told(ctx):
                 sent = _grown(self._params(threads, ctx.seed % 2**31), rows, self.trees_per_round, before)
@@ -228,7 +270,10 @@ class XGBoost(Algorithm):
         tensors = {"sent": {"bytes": _bytes(sent)}}
         return Update(ctx.site, ctx.round, rows.num_row(), 1, 0.0, tensors, numerics=work.recorded()), site_state
 
-    def evaluated(self, broadcast: Groups, work: Own, ctx: RoundContext) -> Evaluated:
+    def _meeting(self, told: Json) -> Meeting:
+        return Meeting(told["name"], told["sites"], self.tracker, self.patience)
+
+    def evaluated(self, broadcast: Groups, work: OwnRows, ctx: RoundContext) -> Evaluated:
         """xgboost's `eval_metric`s of the global booster on the site's held-out rows."""
         with _told(ctx):
             threads = int(work.recorded()["threads"])
@@ -255,8 +300,10 @@ def _told(ctx: RoundContext) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError) as error:  # XGBoostError is a ValueError
-        first = str(error).partition("\nStack trace")[0].partition("Check failed: ")
-        raise TrainingInvalid(f"xgboost: {(first[2] or first[0])[:1000]}", **ctx.place) from error
+        text = re.sub(
+            r"^\[[\d:]+\] \S+:\d+: ", "", str(error).partition("\nStack trace")[0]
+        )  # the time, and its source's line
+        raise TrainingInvalid(f"xgboost: {text.removeprefix('Check failed: ')[:1000]}", **ctx.place) from error
 
 
 def _xgboost() -> Any:
@@ -284,9 +331,15 @@ def _rows(data: Any, part: Literal["train", "held_out"], threads: int) -> Any:
         if len(data[0]) != len(data[1]):
             found = f"{len(data[0])} rows and {len(data[1])} labels"
             raise ValueError(field_error("workload", found, "as many of each", "mend the data"))
-        data = xgboost.DMatrix(data[0], label=data[1], nthread=threads)
+        if (kind := getattr(data[0], "dtype", None)) is not None and kind.kind in "US":
+            raise ValueError(field_error("workload", f"features of type {kind}", "numbers", "encode the texts"))
+        data = xgboost.DMatrix(data[0], label=data[1], nthread=threads, enable_categorical=True)  # to name them below
     if not data.num_row():
         raise ValueError(field_error("workload", "no rows", "some", "leave this site out"))
+    if "c" in (kinds := data.feature_types or []):  # each site would have codes of its own
+        found = f"categorical columns {[name for name, kind in zip(_columns(data), kinds, strict=True) if kind == 'c']}"
+        fix = "encode them, the same way at all sites: one column a category"
+        raise ValueError(field_error("workload", found, "columns of numbers", fix))
     return data
 
 
@@ -372,11 +425,16 @@ def _check_alike(whole: Json, part: Json) -> None:
 
 
 def _check_columns(site: SiteId, told: Tensors, others: Mapping[SiteId, Tensors]) -> None:
-    """Raises UpdateInvalid where a site has other columns than the first."""
+    """Raises UpdateInvalid where a site has other columns than the first, or meets others in another way."""
     if not others:
         return
     first = next(iter(others))
-    mine, theirs = _columns_of(_json(told["bytes"])), _columns_of(_json(others[first]["bytes"]))
+    here, there = _json(told["bytes"]), _json(others[first]["bytes"])
+    if here.get("tls") != there.get("tls"):
+        found, expected = ("certificates" if told.get("tls") else "no certificates" for told in (here, there))
+        fix = "give all sites certificates, in their own configuration, or none"
+        raise UpdateInvalid(field_error("tls", found, f"{expected}, as {first}", fix), site=site)
+    mine, theirs = _columns_of(here), _columns_of(there)
     if mine != theirs:
         more, missing = sorted(set(mine) - set(theirs)), sorted(set(theirs) - set(mine))
         found = f"{more} more and {missing} fewer" if more or missing else "another order"

@@ -24,9 +24,13 @@ def evaluation_of(journal: Journal, *, cross_site: bool = False) -> Recipe:
     """The recipe of a run that evaluates the last model of `journal`'s run, and its best one, on every site's held-out data.
 
     cross_site: and a model of every site's own, which it first trains from the last one. Whoever answers counts.
-    Raises UserError where no round is committed.
+    Raises UserError where no round is committed, or its algorithm does not train the recipe's model.
     """
     recipe = journal.recipe()
+    if not recipe.algorithm.trains:
+        evaluated = "set federated_evaluation in its recipe" if recipe.algorithm.evaluates else "see `fedflow result`"
+        found = f"found a run of {recipe.algorithm.kind}, expected one that trains the recipe's model"
+        raise UserError(f"{journal.run}: {found}; {evaluated}")
     rounds = journal.rounds(recipe.phases[-1])
     if not rounds:
         raise UserError(f"{journal.run}: found no committed round, expected at least one; resume the run")

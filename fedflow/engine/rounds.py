@@ -128,7 +128,11 @@ def check_sites(recipe: Recipe, sites: Sequence[SiteId]) -> None:
             f"overrides, required_sites: found sites {unknown}, expected sites among {sorted(sites)}; correct the names"
         )
     if unknown := sorted(set(recipe.schedule.names) - set(sites)):
-        raise UserError(field_error("schedule.sites", unknown, f"sites among {sorted(sites)}", "correct the names"))
+        raise UserError(field_error("schedule", unknown, f"sites among {sorted(sites)}", "correct the names"))
+    invited = sorted(recipe.schedule.invited or sites)
+    for field, site in recipe.algorithm.names.items():
+        if site not in invited:
+            raise UserError(field_error(f"algorithm.{field}", site, f"one of {invited}", "name a site that takes part"))
     if (most := recipe.computation.most_updates) is not None:
         asked = len(recipe.schedule.plan(0, {site: SiteView() for site in sites}, recipe.seed).tasks)
         least = recipe.computation.least_updates
@@ -136,6 +140,10 @@ def check_sites(recipe: Recipe, sites: Sequence[SiteId]) -> None:
             expected = f"{least} to {most} with algorithm {recipe.algorithm.kind}"
             fix = "name them in schedule.sites"
             raise UserError(field_error("schedule", f"{asked} sites a round", expected, fix))
+    wanted = getattr(recipe.schedule, "sites_per_round", None)
+    if wanted is not None and wanted > len(sites):
+        expected = f"at most {len(sites)}, the sites of the federation"
+        raise UserError(field_error("schedule", f"{wanted} updates a round", expected, "lower it, or add sites"))
     if both := sorted(set(recipe.schedule.regional) & set(sites)):
         raise UserError(field_error("schedule.regions", both, "names that are no sites", "rename the regions"))
     for name in ("quorum", "min_sites"):

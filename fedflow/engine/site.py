@@ -166,7 +166,7 @@ def site_step(
             _workload(recipe, config, journal) if workload is None else workload,
             setup,
             _tasks(config),
-            config.statistics,
+            config,
         )
         broadcast = _received(root, plan, recipe.memory_budget)
         update, state = _run_algorithm(recipe, broadcast, plan, config.name, task, states, training)

@@ -10,6 +10,7 @@ from fedflow.engine.rounds import close_round, commit_round, federation_view, ne
 from fedflow.engine.site import SiteWork, site_step
 from fedflow.local.model import build_model
 from fedflow.recipe import Recipe, SiteConfig
+from fedflow.schedules import Everyone
 from fedflow.store.journal import Journal
 from fedflow.store.objects import ObjectStore
 from fedflow.store.records import Manifest, Plan, TaskRecord, UpdateManifest, utc_now
@@ -37,7 +38,9 @@ class Tried:
 
 def local_sites(recipe: Recipe, site: SiteId) -> list[SiteId]:
     """Every site of which a recipe speaks, and this one."""
-    return sorted({site, *recipe.overrides, *recipe.required_sites, *recipe.schedule.names})
+    return sorted(
+        {site, *recipe.overrides, *recipe.required_sites, *recipe.schedule.names, *recipe.algorithm.names.values()}
+    )
 
 
 def try_recipe(
@@ -68,7 +71,7 @@ def try_recipe(
     )
     found: list[Tried] = []
     for phase in alone.phases:
-        plan = journal.put_plan(_plan(journal, alone, phase, config.name))
+        plan = journal.put_plan(_plan(journal, recipe, phase, config.name))
         opening = journal.put_opening(plan, new_opening(alone, 1, at=utc_now()))
         update = site_step(SiteWork("try", 0, phase), here, unhurried=True, **given)
         seen = survey(journal, plan)
@@ -81,9 +84,10 @@ def try_recipe(
 
 
 def _alone(recipe: Recipe) -> Recipe:
-    """The recipe without what only the server has or a federation can do: checkpoints, its evaluation, quorums."""
+    """The recipe without what only the server has or a federation can do: checkpoints, its evaluation, schedule and quorums."""
     other: Mapping[str, Any] = {
         "rounds": 1,
+        "schedule": Everyone(),
         "quorum": None,
         "min_sites": 1,
         "required_sites": [],

@@ -18,7 +18,8 @@ def serve(job: dict[str, Any]) -> None:
     """xgboost's federated server, until all have gone."""
     from xgboost.federated import run_federated_server
 
-    run_federated_server(job["size"], job["port"], timeout=int(job["patience"]))
+    tls = _named(job, "server_key_path", "server_cert_path", "client_cert_path")
+    run_federated_server(job["size"], job["port"], timeout=int(job["patience"]), **tls)
 
 
 def train(job: dict[str, Any]) -> None:
@@ -27,7 +28,8 @@ def train(job: dict[str, Any]) -> None:
 
     where = {"dmlc_communicator": "federated", "federated_server_address": job["server"]}
     place = {"federated_world_size": job["size"], "federated_rank": job["rank"]}
-    with xgboost.collective.CommunicatorContext(**where, **place):
+    tls = _named(job, "federated_client_key_path", "federated_client_cert_path", "federated_server_cert_path")
+    with xgboost.collective.CommunicatorContext(**where, **place, **tls):
         booster = xgboost.Booster(model_file=job["booster"]) if job["booster"] else None
         start = booster.num_boosted_rounds() if booster else 0
         rows = xgboost.DMatrix(job["rows"])
@@ -35,6 +37,16 @@ def train(job: dict[str, Any]) -> None:
     half = Path(job["out"] + ".half")
     half.write_bytes(grown[start : start + job["iterations"]].save_raw("json"))
     half.rename(job["out"])
+
+
+def _named(job: dict[str, Any], *names: str) -> dict[str, str]:
+    """The site's key and certificate, and that of who signed the others', as xgboost calls them here; nothing where there are none."""
+    files = job.get("tls") or {}
+    return {
+        name: files[file]
+        for name, file in zip(names, ("private_key", "certificate", "authority"), strict=True)
+        if files
+    }
 
 
 def _end_with_the_parent() -> None:

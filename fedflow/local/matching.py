@@ -7,18 +7,17 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedflow.algorithms.psi import text_of
+from fedflow.algorithms.psi import PSI, Item
 from fedflow.errors import ResolveError, field_error
+from fedflow.local.own import OwnData
 from fedflow.local.tables import columns_of
 
-__all__ = ["KeyedTable", "items_of", "rows_of"]
-
-Form = Literal["NFC", "NFKC"]
+__all__ = ["ItemData", "KeyedTable", "items_of", "rows_of"]
 
 
 class KeyedTable:
@@ -27,35 +26,25 @@ class KeyedTable:
 
     key:     the column
     aligned: a file of the same kind, written whole or not at all; default: none is
-    unicode, ignore_case: as the recipe's algorithm has them
     """
 
-    def __init__(
-        self,
-        path: str | Path,
-        key: str,
-        aligned: str | Path | None = None,
-        *,
-        unicode: Form = "NFC",
-        ignore_case: bool = False,
-    ) -> None:
+    def __init__(self, path: str | Path, key: str, aligned: str | Path | None = None) -> None:
         self.path, self.key, self.aligned = Path(path), key, None if aligned is None else Path(aligned)
-        self._rule: tuple[Form, bool] = unicode, ignore_case
         if self.aligned is not None and self.aligned.suffix != self.path.suffix:
             expected = f"a name that ends in {self.path.suffix}, as the table's"
             raise ResolveError(field_error("workload.args.aligned", str(aligned), expected, "rename it"))
 
-    def items(self) -> Iterable[Any]:
+    def items(self, item: Item) -> Iterable[Any]:
         """The keys, a row each. Raises ResolveError where the table cannot be read, has no such column, or has a key twice."""
         keys = items_of(self.path, self.key)
-        rows_of(keys, (), *self._rule)
+        rows_of(keys, (), item)
         return keys
 
-    def matched(self, items: Sequence[str]) -> None:
+    def align(self, items: Sequence[str], item: Item) -> None:
         """Write the rows of `items`, in their order."""
         if self.aligned is None:
             return
-        rows = rows_of(items_of(self.path, self.key), items, *self._rule)
+        rows = rows_of(items_of(self.path, self.key), items, item)
         handle, name = tempfile.mkstemp(dir=self.aligned.absolute().parent, prefix=f".{self.aligned.name}-")
         os.close(handle)
         try:
@@ -65,16 +54,32 @@ class KeyedTable:
             Path(name).unlink(missing_ok=True)
 
 
-def rows_of(
-    keys: Iterable[Any], items: Sequence[str], unicode: Form = "NFC", ignore_case: bool = False
-) -> NDArray[np.int64]:
-    """(len(items),) the row of each item. keys: of the table's rows, in their order
+class ItemData(OwnData):
+    """A site's data as items."""
+
+    def items(self, column: str | None, item: Item) -> Iterable[Any]:
+        return self.data.items(item) if isinstance(self.data, KeyedTable) else items_of(self.data, column)
+
+    def matched(self, items: Sequence[str], item: Item) -> None:
+        """By its method of this name, where it has one."""
+        if isinstance(self.data, KeyedTable):
+            self.data.align(items, item)
+        elif callable(found := getattr(self.data, "matched", None)):
+            found(items)
+
+
+def rows_of(keys: Iterable[Any], items: Sequence[str], item: Item | None = None) -> NDArray[np.int64]:
+    """(len(items),) the row of each item.
+
+    keys: of the table's rows, in their order
+    item: what makes an item of a key: `recipe.algorithm.item`. Default: that of a recipe that says nothing about texts
 
     Raises ResolveError where two rows have one key, or an item has no row.
     """
     found: dict[str, int] = {}
+    text_of = item or PSI().item
     for row, key in enumerate(keys):
-        if (text := text_of(key, unicode, ignore_case)) is None:
+        if (text := text_of(key)) is None:
             continue
         if text in found:
             told = f"rows {found[text]} and {row} with one key"

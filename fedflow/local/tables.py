@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from fedflow.algorithms.statistics import Dataset, StatisticsPolicy
 from fedflow.errors import ResolveError, field_error
+from fedflow.local.own import OwnData
 
-__all__ = ["Images", "Tables", "columns_of", "datasets_of"]
+__all__ = ["Images", "TableData", "Tables", "columns_of", "datasets_of"]
 
 RESERVED = "not_numeric"
 """What a dataset cannot be called."""
@@ -77,6 +78,20 @@ def _read_image(path: Path) -> NDArray[Any]:
             return np.asarray(image)
     except OSError as error:
         raise ResolveError(field_error("image", str(path), "an image that can be read", f"{error}")) from error
+
+
+class TableData(OwnData):
+    """A site's data as tables."""
+
+    @property
+    def policy(self) -> StatisticsPolicy:
+        """The site's configuration's; else that of its `Tables`; else the default."""
+        if self.config is not None and self.config.statistics is not None:
+            return self.config.statistics
+        return self.data.policy if isinstance(self.data, Tables) else StatisticsPolicy()
+
+    def datasets(self) -> dict[str, Dataset]:
+        return datasets_of(self.data)
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Sites that train at the same time: they meet at one of them, which runs xgboost's federated server for this one training.
 
-A site that goes away ends it for all, at once: each raises, is asked again, and they meet anew.
+A site that goes away ends it for all, at once: each raises, is asked again, and they meet anew. Between machines all connections,
+theirs and xgboost's, are encrypted, and closed to strangers, where the sites have certificates.
 """
 
 from __future__ import annotations
@@ -10,42 +11,97 @@ import json
 import os
 import select
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedflow.errors import SiteError
-from fedflow.types import SiteId
+from fedflow.algorithms.xgboost import Meeting
+from fedflow.errors import ResolveError, SiteError, field_error
+from fedflow.local.own import OwnData
+from fedflow.recipe import TLS
+from fedflow.types import RoundContext, SiteId
 
-__all__ = ["boosted_together"]
+__all__ = ["RowData", "boosted_together"]
 
 PROGRAM = Path(__file__).with_name("boosting.py")
 _LINE = 4096
 """Bytes of a message, at most."""
 
 
-def boosted_together(
-    me: SiteId,
-    sites: Sequence[SiteId],
-    name: str,
-    *,
-    leader: SiteId,
-    address: tuple[str, int] | None,
-    patience: float,
-    rows: Any,
-    job: Mapping[str, Any],
-    booster: bytes | None,
-) -> bytes:
-    """The new trees, as JSON, that `me` grew with all of `sites`.
+class RowData(OwnData):
+    """A site's data as rows that all sites may train on together."""
 
-    name:    of this meeting, nobody else's; address: where `leader` is reached, None = all are on this machine
-    patience: seconds to wait for the others; rows: a DMatrix; job: what the process is told besides
-    Raises SiteError where one of them does not come, goes away, or xgboost fails.
+    @property
+    def encrypts(self) -> bool:
+        """Whether it meets others on other machines with certificates."""
+        return self.config is not None and self.config.tls is not None
+
+    def boosted(
+        self,
+        rows: Any,
+        params: Mapping[str, Any],
+        iterations: int,
+        booster: bytes | None,
+        meeting: Meeting,
+        ctx: RoundContext,
+    ) -> bytes:
+        assert ctx.site is not None
+        job = {"params": dict(params), "iterations": iterations}
+        tls = None if self.config is None else self.config.tls
+        return boosted_together(ctx.site, meeting, rows=rows, job=job, booster=booster, tls=tls)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where all meet. name: of this meeting, nobody else's; address: of who leads, None = all are on this machine"""
+
+    name: str
+    address: tuple[str, int] | None
+    tls: TLS | None
+
+    @property
+    def socket(self) -> str:
+        """Of a meeting on this machine. Some systems have room for 104 bytes."""
+        folders = (tempfile.gettempdir(), "/tmp")
+        found = (f"{folder}/fedflow-{os.getuid()}-{self.name}" for folder in folders)
+        return next(path for path in found if len(os.fsencode(path)) < 104)
+
+    def context(self, purpose: ssl.Purpose) -> ssl.SSLContext:
+        """Raises ResolveError where the certificates cannot be read."""
+        assert self.tls is not None
+        context = ssl.SSLContext(
+            ssl.PROTOCOL_TLS_SERVER if purpose is ssl.Purpose.CLIENT_AUTH else ssl.PROTOCOL_TLS_CLIENT
+        )
+        context.verify_mode = ssl.CERT_REQUIRED
+        try:
+            context.load_verify_locations(self.tls.authority)
+            context.load_cert_chain(self.tls.certificate, self.tls.private_key)
+        except OSError as error:
+            found, fix = self.tls.model_dump(), "correct the site's configuration"
+            raise ResolveError(
+                field_error("tls", found, "PEM files that belong together", f"{fix}: {error}")
+            ) from error
+        return context
+
+
+def boosted_together(
+    me: SiteId, meeting: Meeting, *, rows: Any, job: Mapping[str, Any], booster: bytes | None, tls: TLS | None = None
+) -> bytes:
+    """The new trees, as JSON, that `me` grew with all the sites of `meeting`.
+
+    rows: a DMatrix; job: what the process is told besides; tls: where they are on several machines
+    Raises SiteError where one of them does not come, goes away, or xgboost fails; ResolveError where the certificates cannot be read.
     """
+    tracker, sites = meeting.tracker, sorted(meeting.sites)
+    leader = sites[0] if tracker is None else tracker.site
+    address = None if tracker is None else (tracker.host, tracker.port)
+    place = _Place(meeting.name, address, tls if tracker else None)
     with tempfile.TemporaryDirectory(prefix="fedflow-") as made:
         folder = Path(made)
         rows.save_binary(str(folder / "rows"))
@@ -57,31 +113,25 @@ def boosted_together(
             "booster": str(folder / "before.json") if booster is not None else None,
             "out": str(folder / "trees.json"),
             "size": len(sites),
-            "rank": sorted(sites).index(me),
-            "patience": patience,
+            "rank": sites.index(me),
+            "patience": meeting.patience,
+            "tls": None if place.tls is None else place.tls.model_dump(),
         }
-        until = time.monotonic() + patience
+        until = time.monotonic() + meeting.patience
         if me == leader:
-            _lead(folder, mine, sorted(set(sites) - {me}), name, address, until)
+            _lead(folder, mine, [site for site in sites if site != me], place, until)
         else:
-            _follow(folder, mine, me, leader, name, address, until)
+            _follow(folder, mine, me, leader, place, until)
         return (folder / "trees.json").read_bytes()
 
 
 # -- the one that the others come to -----------------------------------------------------------------------------------
-def _lead(
-    folder: Path,
-    job: Mapping[str, Any],
-    others: Sequence[SiteId],
-    name: str,
-    address: tuple[str, int] | None,
-    until: float,
-) -> None:
-    with _listening(name, address) as listener, contextlib.ExitStack() as open_now:
-        there = _gathered(listener, others, name, until)
+def _lead(folder: Path, job: Mapping[str, Any], others: Sequence[SiteId], place: _Place, until: float) -> None:
+    with _listening(place) as listener, contextlib.ExitStack() as open_now:
+        there = _gathered(listener, others, place, until)
         for connection in there.values():
             open_now.enter_context(connection)
-        port = _free_port() if address is None else address[1] + 1
+        port = _free_port() if place.address is None else place.address[1] + 1
         server = open_now.enter_context(_Process(folder, "serve", {**job, "port": port}))
         while not _answers(port):
             if server.ended or time.monotonic() > until:
@@ -89,7 +139,8 @@ def _lead(
             time.sleep(0.05)
         for connection in there.values():
             _say(connection, {"port": port})
-        training = open_now.enter_context(_Process(folder, "train", {**job, "server": f"127.0.0.1:{port}"}))
+        host = place.address[0] if place.address and place.tls else "127.0.0.1"  # the certificate has its name
+        training = open_now.enter_context(_Process(folder, "train", {**job, "server": f"{host}:{port}"}))
         while there or not training.done:
             waiting: list[Any] = [*there.values(), *([] if training.done else [training.gone])]
             ready = select.select(waiting, [], [])[0]
@@ -101,25 +152,37 @@ def _lead(
 
 
 def _gathered(
-    listener: socket.socket, others: Sequence[SiteId], name: str, until: float
+    listener: socket.socket, others: Sequence[SiteId], place: _Place, until: float
 ) -> dict[SiteId, socket.socket]:
     """A connection to each of the others."""
     there: dict[SiteId, socket.socket] = {}
+    context = None if place.tls is None else place.context(ssl.Purpose.CLIENT_AUTH)
+    if context:
+        context.num_tickets = 0  # a connection is readable when the other one has said something, or has gone
+    refused = ""
     try:
         while there.keys() != set(others):
             left = until - time.monotonic()
             ready = select.select([listener, *there.values()], [], [], max(left, 0))[0]
             if not ready:
                 missing = ", ".join(sorted(set(others) - there.keys()))
-                raise SiteError(f"found no {missing} to train together with, expected all of {sorted(others)} to come")
+                expected = f"expected all of {sorted(others)} to come{refused}"
+                raise SiteError(f"found no {missing} to train together with, {expected}")
             for site in [site for site, connection in there.items() if connection in ready]:
                 there.pop(site).close()  # it says nothing before it is spoken to: it has gone
             if listener in ready:
                 connection, _ = listener.accept()
                 connection.settimeout(5)
+                if context:
+                    try:
+                        connection = context.wrap_socket(connection, server_side=True)
+                    except OSError as error:
+                        refused = f"; who came last could not prove who it is: {error}"
+                        connection.close()
+                        continue
                 told = _hear(connection)
                 connection.settimeout(None)
-                if told.get("name") == name and told.get("site") in others:
+                if told.get("name") == place.name and told.get("site") in others:
                     there[told["site"]] = connection
                 else:
                     connection.close()
@@ -131,34 +194,26 @@ def _gathered(
 
 
 @contextlib.contextmanager
-def _listening(name: str, address: tuple[str, int] | None) -> Iterator[socket.socket]:
-    if address is not None:
-        with socket.create_server(("", address[1])) as listener:
+def _listening(place: _Place) -> Iterator[socket.socket]:
+    if place.address is not None:
+        with socket.create_server(("", place.address[1])) as listener:
             yield listener
         return
-    place = _place(name)
-    place.unlink(missing_ok=True)  # of a leader that was killed
+    path = Path(place.socket)
+    path.unlink(missing_ok=True)  # of a leader that was killed
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-        listener.bind(str(place))
+        listener.bind(str(path))
         listener.listen()
         try:
             yield listener
         finally:
-            place.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
 
 
 # -- the others ----------------------------------------------------------------------------------------------------------
-def _follow(
-    folder: Path,
-    job: Mapping[str, Any],
-    me: SiteId,
-    leader: SiteId,
-    name: str,
-    address: tuple[str, int] | None,
-    until: float,
-) -> None:
-    connection, told = _met(me, leader, name, address, until)
-    server = f"{'127.0.0.1' if address is None else address[0]}:{told['port']}"
+def _follow(folder: Path, job: Mapping[str, Any], me: SiteId, leader: SiteId, place: _Place, until: float) -> None:
+    connection, told = _met(me, leader, place, until)
+    server = f"{'127.0.0.1' if place.address is None else place.address[0]}:{told['port']}"
     with connection, _Process(folder, "train", {**job, "server": server}) as training:
         waiting: list[Any] = [connection, training.gone]
         select.select(waiting, [], [])
@@ -169,15 +224,14 @@ def _follow(
             _say(connection, {"done": True})
 
 
-def _met(
-    me: SiteId, leader: SiteId, name: str, address: tuple[str, int] | None, until: float
-) -> tuple[socket.socket, dict[str, Any]]:
+def _met(me: SiteId, leader: SiteId, place: _Place, until: float) -> tuple[socket.socket, dict[str, Any]]:
     """The connection to the leader, once all are there, and what it says then. The leader may be yet to come, and may come anew."""
+    refused = ""
     while time.monotonic() < until:
-        with contextlib.suppress(OSError):
-            connection = _connected(name, address)
+        try:
+            connection = _connected(place)
             try:
-                _say(connection, {"name": name, "site": me})
+                _say(connection, {"name": place.name, "site": me})
                 connection.settimeout(max(until - time.monotonic(), 0.1))
                 if told := _hear(connection):
                     connection.settimeout(None)
@@ -186,24 +240,29 @@ def _met(
                 connection.close()
                 raise
             connection.close()
+        except OSError as error:
+            refused = f": {error}"
         time.sleep(0.1)
-    raise SiteError(f"found no {leader} to train together with, or not all of the others, expected all sites to come")
+    expected = "or not all of the others, expected all sites to come"
+    raise SiteError(f"found no {leader} to train together with, {expected}{refused}")
 
 
-def _connected(name: str, address: tuple[str, int] | None) -> socket.socket:
-    if address is not None:
-        return socket.create_connection(address, timeout=5)
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+def _connected(place: _Place) -> socket.socket:
+    """Raises OSError where nobody is there, or somebody else than expected."""
+    if place.address is None:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    else:
+        connection = socket.create_connection(place.address, timeout=5)
     try:
-        connection.connect(str(_place(name)))
+        if place.address is None:
+            connection.connect(place.socket)
+        elif place.tls is not None:
+            host = place.address[0]
+            return place.context(ssl.Purpose.SERVER_AUTH).wrap_socket(connection, server_hostname=host)
     except OSError:
         connection.close()
         raise
     return connection
-
-
-def _place(name: str) -> Path:
-    return Path(tempfile.gettempdir()) / f"fedflow-{os.getuid()}-{name}"
 
 
 # -- messages, ports, processes ------------------------------------------------------------------------------------------

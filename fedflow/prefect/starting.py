@@ -63,7 +63,8 @@ def examine(config: SiteConfig) -> list[Problem]:
 
 
 def _files(config: SiteConfig) -> Iterator[Problem]:
-    for field, paths in (("data", config.data), ("python_path", config.python_path)):
+    certificates = list(config.tls.model_dump().values()) if config.tls else []
+    for field, paths in (("data", config.data), ("python_path", config.python_path), ("tls", certificates)):
         for path in paths:
             if (why := _unreadable(Path(path))) is not None:
                 fix = f"let this worker's user read it, or correct the path: {why}"

@@ -149,7 +149,7 @@ class SiteRunner:
             before = decode(task.kept, algorithm) if task.kept else None
             memory = Memory(lambda: before.training if before else None)
             setup = Setup(self._model, self._training(task.site), recipe.numerics, lambda done, planned: None, memory)
-            training: Any = work_of(algorithm, self._workload(task.site), setup, _tasks)
+            training: Any = work_of(recipe.algorithm, self._workload(task.site), setup, _tasks)
         except Exception as error:
             return error
 

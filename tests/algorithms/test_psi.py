@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import random
+import signal
 import unicodedata
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,9 @@ from fedflow.simulation.engine import simulate as simulate_on
 from fedflow.store.journal import Journal
 from fedflow.store.objects import ObjectStore
 from fedflow.store.tensors import read_tensors
+from fedflow.testing.faults import Fault, fail_at
 from fedflow.types import RoundContext, Update
+from tests.builders import in_child
 
 HERE = __name__
 
@@ -80,14 +84,38 @@ def test_what_is_common(lists: list[list[Any]], expected: list[str]) -> None:
 
 
 def test_the_rule_for_texts_is_the_recipes() -> None:
-    assert texts(["ﬁ", "FI", "fi"]) == ["FI", "fi", "ﬁ"]
-    assert texts(["ﬁ", "FI", "fi"], "NFKC") == ["FI", "fi"]
-    assert texts(["Straße", "STRASSE", "ﬁ"], "NFKC", ignore_case=True) == ["fi", "strasse"]
-    assert texts(["ℌ", "H", "h"], "NFKC", ignore_case=True) == ["h"], "compatible with a capital letter"
+    plain, compatible, caseless = PSI().item, PSI(unicode="NFKC").item, PSI(unicode="NFKC", ignore_case=True).item
+    assert texts(["ﬁ", "FI", "fi"], plain) == ["FI", "fi", "ﬁ"]
+    assert texts(["ﬁ", "FI", "fi"], compatible) == ["FI", "fi"]
+    assert texts(["Straße", "STRASSE", "ﬁ"], caseless) == ["fi", "strasse"]
+    assert texts(["ℌ", "H", "h"], caseless) == ["h"], "compatible with a capital letter"
     same = ["\u1fb4", "\u03b1\u0345\u0301", "\u03b1\u0301\u0345"]  # canonically equivalent
-    assert len({unicodedata.normalize("NFC", text) for text in same}) == len(texts(same, ignore_case=True)) == 1
+    assert len({unicodedata.normalize("NFC", text) for text in same}) == 1
+    assert len(texts(same, PSI(ignore_case=True).item)) == 1
     sites = {"a": ["Ada ", "BOB"], "b": ["ada", "bob"]}
     assert read_result(simulate(psi(ignore_case=True), sites)).values["intersection"] == 1  # blanks tell apart
+
+
+def intersected(store: str, fault: Fault | None = None) -> None:
+    """A run that may meet a fault."""
+    if fault:
+        fault.arm()
+    simulate(psi(), SETS, store=store, run="psi-1", state=f"{store}-states")
+
+
+def test_killed_at_a_site_and_between_phases_it_goes_on_and_is_exact(tmp_path: Path) -> None:
+    """A site dies when it remembers its secrets, and has not said what it sends; the coordinator when lists have gone round once."""
+    store = str(tmp_path / "store")
+    site = fail_at("site state", site="site-2", when="after", token=tmp_path / "site")
+    between = replace(
+        fail_at("manifest", when="after", token=tmp_path / "between"), at=r"rounds/00000/second/manifest\.json$"
+    )
+    for fault in (site, between):
+        assert in_child(intersected, store, fault) == -signal.SIGKILL and fault.struck
+    intersected(store)
+    journal = Journal(ObjectStore(store), "psi-1")
+    assert read_result(journal).values == {"sites": {s: len(items) for s, items in SETS.items()}, "intersection": 1}
+    assert [found_at(journal, site) for site in SETS] == [["all"]] * 3
 
 
 # -- what becomes known --------------------------------------------------------------------------------------------------
@@ -187,7 +215,7 @@ class _Work:
     def __init__(self, data: list[str]) -> None:
         self.data = data
 
-    def items(self, column: str | None) -> list[str]:
+    def items(self, column: str | None, item: Any) -> list[str]:
         return self.data
 
     def recorded(self) -> dict[str, Any]:
@@ -232,6 +260,20 @@ def test_tables_are_aligned(tmp_path: Path) -> None:
     assert mine["id"].tolist() == theirs["who"].tolist() == ["p2", "p3"]
     assert mine["age"].tolist() == joined["age"].tolist() and theirs["pressure"].tolist() == joined["pressure"].tolist()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.csv", "b.parquet", "left.csv", "right.parquet"]
+
+
+def test_tables_are_aligned_by_the_recipes_rule_for_texts(tmp_path: Path) -> None:
+    (tmp_path / "left.csv").write_text("id,x\nADA,1\nﬁn,2\n")
+    (tmp_path / "right.csv").write_text("id,y\nfin,3\nada,4\n")
+    tables = {
+        side: KeyedTable(tmp_path / f"{side}.csv", "id", tmp_path / f"{side}-aligned.csv") for side in ("left", "right")
+    }
+    simulate(psi(unicode="NFKC", ignore_case=True), tables)
+    lines = [(tmp_path / f"{side}-aligned.csv").read_text().split() for side in ("left", "right")]
+    assert lines == [["id,x", "ADA,1", "ﬁn,2"], ["id,y", "ada,4", "fin,3"]]
+    with pytest.raises(QuorumLost, match="rows 0 and 1 with one key"):
+        (tmp_path / "left.csv").write_text("id,x\nADA,1\nada,2\n")
+        simulate(psi(ignore_case=True), tables)
 
 
 def test_a_column_of_any_table_has_the_items() -> None:
@@ -294,7 +336,7 @@ def test_more_items_than_are_allowed() -> None:
 def test_two_rows_with_one_key(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("id,x\na,1\nb,2\na,3\n")
     with pytest.raises(ResolveError, match="found 'rows 0 and 2 with one key'"):
-        KeyedTable(tmp_path / "t.csv", "id").items()
+        KeyedTable(tmp_path / "t.csv", "id").items(PSI().item)
     with pytest.raises(ResolveError, match="found 'no rows for 1 items'"):
         rows_of(["a"], ["b"])
     with pytest.raises(ResolveError, match=r"aligned: found 'x.parquet', expected a name that ends in .csv"):

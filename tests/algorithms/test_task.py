@@ -228,7 +228,16 @@ def test_an_answer_that_cannot_travel_says_why(kind: str, told: str) -> None:
         ({"algorithm": {"shared": ["data"]}}, RecipeError, "algorithm.shared"),
         ({"transforms": ["float16"]}, RecipeError, "transforms"),
         ({"quorum": 4}, UserError, "quorum: found 4, expected at most 3"),
-        ({"schedule": {"kind": "everyone", "sites": ["site-9"]}}, UserError, "schedule.sites: found ['site-9']"),
+        (
+            {"schedule": {"kind": "sampled", "sites_per_round": 4}},
+            UserError,
+            "schedule: found '4 updates a round', expected at most 3",
+        ),
+        (
+            {"schedule": {"kind": "everyone", "sites": ["site-9"]}},
+            UserError,
+            "schedule: found ['site-9'], expected sites among ['site-1'",
+        ),
         ({"algorithm": {"function": f"{HERE}:nothing"}}, QuorumLost, "algorithm.function: found"),
         ({"algorithm": {"args": {"powr": 2}}}, QuorumLost, "algorithm.args: found {'powr': 2}"),
         ({"algorithm": {"reduction": "sum", "shared": ["totl"]}}, FedflowError, "algorithm.shared: found ['totl']"),

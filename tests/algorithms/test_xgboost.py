@@ -5,28 +5,41 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 import psutil
 import pytest
 import xgboost
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 from sklearn.datasets import load_breast_cancer, make_classification
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import train_test_split
 
-from fedflow.algorithms.xgboost import XGBoost, XGBoostState, _bytes
+from fedflow.algorithms.xgboost import Meeting, Tracker, XGBoost, XGBoostState, _bytes
 from fedflow.engine import simulate
 from fedflow.engine.aggregation import read_model
 from fedflow.engine.export import export_model
-from fedflow.errors import QuorumLost, RecipeError, UpdateInvalid, UserError
-from fedflow.recipe import Recipe
+from fedflow.errors import QuorumLost, RecipeError, ResolveError, SiteError, UpdateInvalid, UserError
+from fedflow.local import together
+from fedflow.local.together import RowData
+from fedflow.recipe import TLS, Numerics, Recipe, SiteConfig
+from fedflow.schedules import Everyone
 from fedflow.simulation.engine import simulate as simulate_on
 from fedflow.store.journal import Journal
-from fedflow.types import Update
+from fedflow.types import RoundContext, Update
 
 HERE = __name__
 SITES = ["site-1", "site-2"]
@@ -223,8 +236,6 @@ def test_a_site_that_is_killed_while_all_train_together_has_all_of_them_asked_ag
     """The process that trains for one of them dies once; then the round is repeated from the last commit, to the same trees."""
     algorithm = {"mode": "histogram", "params": BINARY, "patience": 60}
     undisturbed = simulate(recipe("whole_numbers", algorithm=algorithm, rounds=2), SITES)
-    from fedflow.local import together
-
     begin, killed = together._Process.__enter__, []
 
     def kill_once(self: Any) -> Any:
@@ -270,6 +281,81 @@ sys.stdin.read()
     assert gone and not folder.exists()
 
 
+# -- sites on several machines -----------------------------------------------------------------------------------------
+def certified(folder: Path, *names: str) -> dict[str, TLS]:
+    """Name -> a certificate for localhost, all by one authority."""
+    folder.mkdir()
+    now, made = datetime.now(UTC), {}
+    authority: tuple[Any, Any] | None = None
+    for name in ("authority", *names):
+        key, subject = (
+            ec.generate_private_key(ec.SECP256R1()),
+            x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]),
+        )
+        issuer, signer = authority or (subject, key)
+        alternative = x509.SubjectAlternativeName([x509.DNSName("localhost")])
+        made_of = x509.CertificateBuilder(issuer, subject, key.public_key(), x509.random_serial_number())
+        dated = made_of.not_valid_before(now - timedelta(days=1)).not_valid_after(now + timedelta(days=1))
+        basic = dated.add_extension(x509.BasicConstraints(ca=authority is None, path_length=None), critical=True)
+        signed = basic.add_extension(alternative, critical=False).sign(signer, hashes.SHA256())
+        plain = (Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        (folder / f"{name}.key").write_bytes(key.private_bytes(*plain))
+        (folder / f"{name}.pem").write_bytes(signed.public_bytes(Encoding.PEM))
+        authority = authority or (subject, key)
+        paths = {
+            field: str(folder / path)
+            for field, path in (("certificate", f"{name}.pem"), ("private_key", f"{name}.key"))
+        }
+        made[name] = TLS(authority=str(folder / "authority.pem"), **paths)
+    return made
+
+
+def meet(site: str, name: str, tracker: Tracker, tls: TLS | None, patience: float) -> bytes:
+    """What a site with these certificates does in the phase `boost`."""
+    config = SiteConfig(name=site, store="memory://", state="/nowhere", tls=tls)
+    data = RowData(None, Numerics(), lambda function: None, config)
+    features, labels = whole_numbers(site, SITES)
+    ctx = RoundContext.at(0, "run", 0, "boost", site, 2, {})
+    params = {**BINARY, "base_score": 0.5, "nthread": 1}
+    rows = xgboost.DMatrix(features, labels)
+    return data.boosted(rows, params, 2, None, Meeting(name, SITES, tracker, patience), ctx)
+
+
+def test_between_machines_they_meet_with_certificates_and_strangers_do_not_come_in(tmp_path: Path) -> None:
+    sites, strangers = certified(tmp_path / "sites", *SITES), certified(tmp_path / "strangers", "site-2")
+    with socket.create_server(("", 0)) as free:
+        tracker = Tracker(site="site-1", host="localhost", port=free.getsockname()[1])
+    with ThreadPoolExecutor() as pool:
+        leader = pool.submit(meet, "site-1", "secret", tracker, sites["site-1"], 60)
+        for stranger in (strangers["site-2"], None):
+            with pytest.raises(SiteError, match="found no site-1 to train together with"):
+                meet("site-2", "secret", tracker, stranger, 1)
+        other = pool.submit(meet, "site-2", "secret", tracker, sites["site-2"], 60)
+        assert leader.result() == other.result()
+    grown = json.loads(leader.result())["learner"]["gradient_booster"]["model"]["trees"]
+    central = xgboost.train({**BINARY, "base_score": 0.5, "nthread": 1}, xgboost.DMatrix(*whole_numbers("", [])), 2)
+    assert [t["split_indices"] for t in grown] == [t["split_indices"] for t in model_of(central)["trees"]]
+
+
+def test_a_site_without_certificates_where_others_have_them_is_told_before_anything_is_trained() -> None:
+    tracker = {"site": "site-1", "host": "localhost", "port": 9091}
+    algorithm = XGBoost(mode="histogram", tracker=tracker)
+    said = {s: {"token": s, "columns": ["a"], "tls": s == "site-1"} for s in SITES}
+    updates = [Update(s, 0, 1, 1, 0.0, {"sent": {"bytes": _bytes(json.dumps(t).encode())}}) for s, t in said.items()]
+    with pytest.raises(UpdateInvalid, match="tls: found 'no certificates', expected certificates, as site-1; give all"):
+        algorithm.aggregate(updates, RoundContext.at(0, "run", 0, "meet", None, 2, {}))
+    files = TLS(authority="/no/a.pem", certificate="/no/b.pem", private_key="/no/b.key")
+    with pytest.raises(ResolveError, match=r"tls: found .*/no/a.pem.*, expected PEM files that belong together"):
+        meet("site-1", "secret", Tracker(**tracker), files, 1)
+
+
+def test_a_meeting_on_one_machine_needs_no_short_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / ("deep" * 30)))
+    place = together._Place("0" * 32, None, None)
+    with together._listening(place) as listener, together._connected(place):
+        assert listener.accept()[0]
+
+
 # -- mistakes ----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "algorithm, told",
@@ -292,6 +378,7 @@ def test_no_module_evaluates_trees() -> None:
 
 
 X, Y = SIX[0][:40], (SIX[1][:40] > 2).astype(int)
+CATEGORIES = pandas.DataFrame(X, columns=list("abcdefgh")).assign(colour=pandas.Categorical(["red", "blue"] * 20))
 
 
 @pytest.mark.parametrize(
@@ -302,7 +389,13 @@ X, Y = SIX[0][:40], (SIX[1][:40] > 2).astype(int)
         ([X, Y], r"workload: found 'list', expected \(features, labels\)"),
         ({"test": (X, Y)}, r"workload: found \['test'\], expected a mapping with 'train'"),
         ((X, Y + 7), "label must be in"),
-        ((np.array([["a"] * 8] * 40), Y), "xgboost: "),
+        ((np.array([["a"] * 8] * 40), Y), "workload: found 'features of type <U1', expected numbers"),
+        ((X, ["a"] * 40), "xgboost: "),
+        (
+            (CATEGORIES, Y),
+            r"workload: found \"categorical columns \['colour'\]\", expected columns of numbers; encode them",
+        ),
+        (xgboost.DMatrix(X, Y, feature_types=["q"] * 7 + ["c"]), r"categorical columns \['7'\]"),
         ((X[:, :5], Y), r"columns: found .*\['5', '6', '7'\] fewer"),
     ],
 )
@@ -318,6 +411,18 @@ def test_a_site_whose_rows_do_not_fit_is_excluded(data: Any, told: str) -> None:
 def test_columns_that_differ_end_a_histogram_round_before_anything_is_trained() -> None:
     with pytest.raises(QuorumLost, match=r"columns: found .*\['5', '6', '7'\] fewer"):
         simulate(recipe(algorithm={"mode": "histogram", "params": BINARY}), {"a": (X, Y), "b": (X[:, :5], Y)})
+
+
+def test_a_tracker_that_is_not_asked_is_refused_before_anything_is_done() -> None:
+    tracker = {"site": "site-3", "host": "localhost", "port": 9091}
+    ran = recipe("whole_numbers", algorithm={"mode": "histogram", "params": BINARY, "tracker": tracker})
+    with pytest.raises(
+        UserError, match=r"algorithm.tracker.site: found 'site-3', expected one of \['site-1', 'site-2'\]"
+    ):
+        simulate(ran, SITES)
+    named = ran.model_copy(update={"schedule": Everyone(sites=SITES)})
+    with pytest.raises(UserError, match=r"algorithm.tracker.site: found 'site-3', expected one of"):
+        simulate(named, [*SITES, "site-3"])
 
 
 def test_what_is_no_booster_is_refused() -> None:

@@ -66,6 +66,7 @@ def test_statistics_are_shown_and_written(project: Project) -> None:
     assert project.call("stats", "stats-1", "--out", "s.html").code == 0
     assert "<h2>data / x</h2>" in (project.folder / "s.html").read_text()
     assert "--out: found" in project.call("stats", "stats-1", "--out", "s.txt").mistake
+    assert "found a run of statistics, expected one that trains" in project.call("evaluate", "stats-1").mistake
     fields = {"name": "totals", "workload": "points_workload:table", "rounds": 1}
     fields["algorithm"] = {"kind": "task", "function": "points_workload:total"}
     with (project.folder / "points_workload.py").open("a") as file:

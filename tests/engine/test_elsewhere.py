@@ -275,8 +275,8 @@ def test_a_recipe_that_cannot_be_is_refused(fields: dict[str, Any], said: str) -
 @pytest.mark.parametrize(
     ("schedule", "said"),
     [
-        ({"kind": "swarm", "aggregators": ["site-9"]}, r"schedule.sites: found \['site-9'\]"),
-        ({"kind": "tree", "regions": {"north": ["site-9"]}}, r"schedule.sites: found \['site-9'\]"),
+        ({"kind": "swarm", "aggregators": ["site-9"]}, r"schedule: found \['site-9'\]"),
+        ({"kind": "tree", "regions": {"north": ["site-9"]}}, r"schedule: found \['site-9'\]"),
         (
             {"kind": "tree", "regions": {"site-3": ["site-1"]}},
             r"schedule.regions: found \['site-3'\], expected names that are no",

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.timeout(600)
 
 SWARM: dict[str, Any] = {"schedule": "swarm", "rounds": 3}
 TREE: dict[str, Any] = {"schedule": {"kind": "tree", "regions": {"north": ["site-1", "site-3"]}}}
+TWO: dict[str, Any] = {"kind": "tree", "regions": {"north": ["site-1", "site-3"], "south": ["site-2"]}}
 
 
 @pytest.mark.faults
@@ -41,3 +42,22 @@ def test_a_tree_has_the_references_bits_though_the_regions_aggregator_is_killed(
     started.result(600)
     assert fault.struck and bits(started.journal) == bits(run(recipe(**TREE)))
     assert len(started.journal.store.list("sites/north/tree/aggregated")) == 2
+
+
+@pytest.mark.faults
+def test_a_tree_has_the_references_bits_though_regions_and_coordinator_are_killed(poc: Poc, tmp_path: Path) -> None:
+    """In round 0 north dies when its sums are written and the record that names them is not; in round 1 the coordinator, when it has noted
+    which regions it asks, and is resumed; in round 2 south, with its sums half written."""
+    fields = {"schedule": TWO, "rounds": 3}
+    north = fail_at("workplace record", site="north", round=0, token=tmp_path / "north")
+    coordinator = fail_at("delegation", round=1, when="after", token=tmp_path / "coordinator")
+    south = fail_at("workplace objects", site="south", round=2, token=tmp_path / "south")
+    started = poc.execute(recipe(**fields), "two-regions", north)
+    started.wait(600, until=lambda: north.struck, every=0.05)
+    coordinator.write(poc.fault_file)
+    assert started.wait(600) == "interrupted" and coordinator.struck
+    south.write(poc.fault_file)
+    poc.env.resume(started.id).result(600)
+    assert north.struck and south.struck and bits(started.journal) == bits(run(recipe(**fields)))
+    for region in ("north", "south"):
+        assert len(started.journal.store.list(f"sites/{region}/two-regions/aggregated")) == 3

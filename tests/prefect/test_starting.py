@@ -45,6 +45,8 @@ def test_data_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     assert then == "stops" and f"found '{tmp_path / 'table.csv'}'" in text and "No such file" in text
     (tmp_path / "table.csv").touch()
     assert "data" not in found(here)
+    files = {field: str(tmp_path / f"{field}.pem") for field in ("authority", "certificate", "private_key")}
+    assert "authority.pem" in found(config(tmp_path, tls=files))["tls"][0]
 
 
 def test_a_state_that_cannot_be_written_is_named(tmp_path: Path) -> None:

@@ -135,6 +135,8 @@ class SiteBook:
 
         committed: the newest commit that is there: what was remembered before it is deleted
         """
+        if self._folder and not self._remembers:
+            return  # nobody will read it
         with self._transaction(self._sync):
             self._file.executemany(
                 "insert or replace into sites values (?, ?, ?, ?, ?, ?, ?)",

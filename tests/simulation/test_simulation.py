@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from fedflow.algorithms import FedAvg
 from fedflow.engine import simulate as reference
@@ -332,6 +332,45 @@ def test_below_the_quorum_the_run_stops_and_goes_on_when_the_site_is_back(tmp_pa
     assert there(tmp_path).committed() == []
     (tmp_path / "broken").unlink()
     assert head(simulate(broken, SITES, **options)).model_digest == head(reference(recipe(), SITES)).model_digest
+
+
+class Bad(Blobs):
+    """Site 2 is of no use, in one way or another."""
+
+    def __init__(self, site: str, how: str) -> None:
+        if site == "site-2" and how == "cannot be read":
+            raise FileNotFoundError("no such volume")
+        super().__init__(site)
+        self.how = how if site == "site-2" else ""
+
+    def __len__(self) -> int:
+        return 0 if self.how == "has no data" else super().__len__()
+
+    def batches(self, batch_size: int, generator: Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        for inputs, targets in super().batches(batch_size, generator):
+            yield (inputs[:, :3] if self.how == "has other columns" else inputs), targets
+
+
+BAD = {
+    "cannot be read": r"FileNotFoundError: no such volume",
+    "has no data": r"round 0, site site-2: the workload has no examples; give this site data or leave it out",
+    "has other columns": r"RuntimeError: mat1 and mat2 shapes cannot be multiplied \(\d+x3 and 4x6\)",
+}
+
+
+@pytest.mark.parametrize("how", BAD)
+def test_a_site_of_no_use_is_named_with_the_reason(how: str) -> None:
+    work = {"path": "tests.simulation.test_simulation:Bad", "args": {"how": how}}
+    with pytest.raises(QuorumLost, match=rf"(?s)round 0: found 2 valid updates, .* missing: site-2: .*{BAD[how]}"):
+        simulate(recipe(workload=work, rounds=1), SITES, backend="debug")
+
+
+def test_more_sampled_than_there_are_is_said_before_anything_starts() -> None:
+    sampled = recipe(schedule={"kind": "sampled", "sites_per_round": 4})
+    with pytest.raises(
+        UserError, match=r"schedule.sites_per_round: found 4, expected at most 3, the sites of the federation; lower"
+    ):
+        simulate(sampled, SITES)
 
 
 class Wordy(Blobs):

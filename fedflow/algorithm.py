@@ -526,7 +526,7 @@ class Averager:
             self._note(update, weight)
 
     def _note(self, update: Update, weight: float) -> None:
-        self._updates.append((replace(update, tensors={}), weight))
+        self._updates.append((replace(update, tensors={}) if update.tensors else update, weight))
         for name, value in update.scalars.items():
             self._scalars[name] = self._scalars.get(name, 0.0) + weight * value
         self._weight += weight

@@ -574,7 +574,8 @@ class Recipe(Described):
 
     def workload_args_at(self, site: SiteId) -> dict[str, JsonValue]:
         """Workload arguments with `site`'s overrides."""
-        return {**self.workload.args, **self.overrides.get(site, SiteOverrides()).workload_args}
+        own = self.overrides[site].workload_args if site in self.overrides else {}
+        return {**self.workload.args, **own}
 
     def server_modules(self) -> list[str]:
         """Modules that model and evaluation come from."""

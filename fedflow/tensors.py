@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cmath
 import math
 import operator
 from abc import ABC, abstractmethod
@@ -208,16 +209,25 @@ class WeightedMean:
 
 
 _TILE = 1 << 16  # elements whose float64 values fit into a core's cache
+_EXACT = 1 << 29  # whole numbers up to here times a float32 are exact in float64: a fused sum has nothing else to round
 
 
 def _add_scaled(total: Tensor, tensor: Tensor, weight: float) -> None:
     """total ← total + weight·tensor in float64, product and sum each rounded once; without temporaries of their size."""
     scratch = torch.empty(min(_TILE, tensor.numel()), dtype=torch.float64)
+    exact = tensor.dtype == torch.float32 and float(weight).is_integer() and abs(weight) <= _EXACT
     if tensor.numel() <= _TILE:
-        total.view(-1).add_(scratch.copy_(tensor.reshape(-1)).mul_(weight))
+        _add_tile(total.view(-1), scratch.copy_(tensor.reshape(-1)), weight, exact)
         return
     for into, tile in zip(torch.split(total.view(-1), _TILE), torch.split(tensor.reshape(-1), _TILE), strict=True):
-        into.add_(scratch[: len(tile)].copy_(tile).mul_(weight))
+        _add_tile(into, scratch[: len(tile)].copy_(tile), weight, exact)
+
+
+def _add_tile(total: Tensor, wide: Tensor, weight: float, exact: bool) -> None:
+    if exact:
+        total.add_(wide, alpha=weight)
+    else:
+        total.add_(wide.mul_(weight))
 
 
 def cast(value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -314,10 +324,12 @@ def non_finite(groups: Groups) -> str | None:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """By the extremes, found in one pass; NaN is both."""
+    """By the sum, and where that overflows by the extremes; NaN is both."""
     if not tensor.numel() or not (tensor.is_floating_point() or tensor.is_complex()):
         return True
     values = _comparable(tensor)
+    if cmath.isfinite(values.sum().item()):  # one that is not finite makes the sum so
+        return True
     low, high = torch.aminmax(torch.view_as_real(values) if values.is_complex() else values)
     return math.isfinite(low.item()) and math.isfinite(high.item())
 

@@ -79,9 +79,14 @@ def commit_initial(
     )
 
 
-def written_state(journal: Journal, algorithm: Algorithm, state: Any, following: str) -> dict[str, Any]:
-    """Write a state that is in memory, and what sites see of it in the phase `following`: those fields of a manifest."""
-    store, objects = journal.store, dict[int, ObjectRef]()
+def written_state(
+    journal: Journal, algorithm: Algorithm, state: Any, following: str, *, write: bool = True
+) -> dict[str, Any]:
+    """Write a state that is in memory, and what sites see of it in the phase `following`: those fields of a manifest.
+
+    write: False: they say what would be written
+    """
+    store, objects = journal.store if write else None, dict[int, ObjectRef]()
     public = _write_groups(store, f"{journal.public}/objects", algorithm.broadcast(state, following), objects)
     record = write_state(store, f"{journal.server}/objects", state, objects)
     objects |= {id(tensors): record.tensors[field] for field, tensors in tensor_fields(state).items()}
@@ -95,7 +100,7 @@ def written_state(journal: Journal, algorithm: Algorithm, state: Any, following:
 
 
 def _write_groups(
-    store: ObjectStore, prefix: str, groups: Groups, written: dict[int, ObjectRef]
+    store: ObjectStore | None, prefix: str, groups: Groups, written: dict[int, ObjectRef]
 ) -> dict[str, ObjectRef]:
     refs = {}
     for group, tensors in groups.items():

@@ -32,6 +32,8 @@ def best_round(values: Sequence[float | None], recipe: Recipe) -> int | None:
 
 def stops_early(values: Sequence[float | None], recipe: Recipe) -> bool:
     """Whether these key metrics, one a round, end the run."""
+    if recipe.early_stop.target is None and recipe.early_stop.patience is None:
+        return False
     stop, sign = recipe.early_stop, 1 if recipe.key_metric.mode == "max" else -1
     best, best_at = -math.inf, -1
     for i, value in enumerate(values):

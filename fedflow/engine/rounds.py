@@ -146,8 +146,9 @@ def check_sites(recipe: Recipe, sites: Sequence[SiteId]) -> None:
         raise UserError(field_error("schedule", f"{wanted} updates a round", expected, "lower it, or add sites"))
     if both := sorted(set(recipe.schedule.regional) & set(sites)):
         raise UserError(field_error("schedule.regions", both, "names that are no sites", "rename the regions"))
-    for name in ("quorum", "min_sites"):
-        wanted = getattr(recipe, name)
+    sampled = getattr(recipe.schedule, "sites_per_round", None)
+    counts = {"quorum": recipe.quorum, "min_sites": recipe.min_sites, "schedule.sites_per_round": sampled}
+    for name, wanted in counts.items():
         if wanted is not None and wanted > len(sites):
             expected = f"at most {len(sites)}, the sites of the federation"
             raise UserError(field_error(name, wanted, expected, f"lower {name}, or add sites"))

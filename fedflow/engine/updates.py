@@ -187,8 +187,9 @@ def problem_of(update: Update, expects: Spec, algorithm: Algorithm) -> str | Non
 
 def _fits(found: Tensors, expected: Mapping[str, TensorSpec]) -> bool:
     """Whether these are all of them, as they should be."""
-    return found.keys() == expected.keys() and all(
-        tensor.shape == expected[name].shape and tensor.dtype == expected[name].dtype for name, tensor in found.items()
+    return len(found) == len(expected) and all(
+        name in expected and tensor.shape == expected[name].shape and tensor.dtype == expected[name].dtype
+        for name, tensor in found.items()
     )
 
 

@@ -40,6 +40,7 @@ class SimEnv:
     tracking: show each start of a run as one flow run on the Prefect server of the settings (PREFECT_API_URL)
     trace:   how the sites fare over simulated time, or the file that says it; noted with each run at its start, which keeps to it.
              Default: everyone answers, and no time is simulated
+    journal_every: every so many rounds, and after the last, the model is written; a run that is killed does the rounds since again
     """
 
     kind = "sim"
@@ -54,12 +55,13 @@ class SimEnv:
         backend: Backend = "processes",
         tracking: bool = False,
         trace: Trace | str | Path | None = None,
+        journal_every: int = 1,
     ) -> None:
         self.federation = Federation.of(federation) if isinstance(federation, int) else federation
         self.home = Path(home).resolve()
-        check_options(backend, workers)
-        self.workers, self.backend, self.tracking = workers, backend, tracking
         self.trace = read_trace(trace) if isinstance(trace, (str, Path)) else trace
+        check_options(backend, workers, journal_every=journal_every, trace=self.trace)
+        self.workers, self.backend, self.tracking, self.journal_every = workers, backend, tracking, journal_every
         self._checked = False
         self.store = ObjectStore(
             store or self.federation.store or str(self.home / "store"), self.federation.store_options
@@ -115,7 +117,8 @@ class SimEnv:
 
     def options(self) -> dict[str, Any]:
         """What `remember` keeps."""
-        return {"workers": self.workers, "backend": self.backend, "tracking": self.tracking}
+        found = {"workers": self.workers, "backend": self.backend, "tracking": self.tracking}
+        return found | ({"journal_every": self.journal_every} if self.journal_every > 1 else {})
 
     def close(self) -> None:
         """Nothing is kept open; runs go on."""
@@ -138,6 +141,7 @@ def _start(env: SimEnv, run: str) -> None:
         "book": str(env.home / "sites" / f"{run}.sqlite"),
         "workers": env.workers,
         "backend": env.backend,
+        "journal_every": env.journal_every,
     }
     with files.lock.open("w") as lock, files.log.open("a") as log:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -189,7 +189,7 @@ class _Teller:
         if done > self._rounds:
             newest = self._newest(done - 1)
             publish_round(self.run.id, recipe, newest, len(newest.sites) + len(newest.excluded))
-            self.log.info("%d rounds committed; round %d: %s", done, done - 1, flat(newest.shown))
+            self.log.info("%d of %d rounds committed; round %d: %s", done, recipe.rounds, done - 1, flat(newest.shown))
             self._rounds = done
         if done > self._table and (last or done >= _GROWTH * self._table):
             publish_rounds(self.run.id, self.watch.rounds)

@@ -160,6 +160,9 @@ class Together:
             replay.answers.append(answer)
 
     def _answers(self, wishes: list[tuple[Training, Wish]]) -> list[Any]:
+        if self.quicker is not False and (why := _alone_always(*wishes[0])):
+            self.quicker = False
+            log.info("sites are trained one after the other: %s", why)
         if len(wishes) >= self._fewest and self.quicker is not False:
             trainers: Any = [training for training, _ in wishes]
             try:
@@ -189,9 +192,20 @@ def _groups(waiting: list[_Replay]) -> Iterator[list[_Replay]]:
     yield from groups.values()
 
 
+def _alone_always(training: Training, wish: Wish) -> str | None:
+    """Why what the recipe asks for is done by the loop at every site; None where it need not be, or is no training."""
+    if wish.method != "train":
+        return None
+    if wish.preserve:
+        return "their optimizer goes on where it stopped in its last round (algorithm.preserve_optimizer_state)"
+    if wish.merge:
+        return "they take in parts of the global model while they train"
+    return None if type(training) is LocalTrainer else "they have a training of their own"
+
+
 def _kind(training: Training, wish: Wish) -> Any:
     """What trainings that can be done together have in common; None where one can only be done alone."""
-    if wish.method != "train" or type(training) is not LocalTrainer or wish.preserve or wish.merge:
+    if wish.method != "train" or type(training) is not LocalTrainer or _alone_always(training, wish):
         return None
     settings, correction = training.settings, wish.correction
     if training.numerics.deterministic != "fast" or settings.optimizer.lr <= 0 or len(training.workload) == 0:

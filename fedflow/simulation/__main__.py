@@ -1,5 +1,5 @@
 """`python -m fedflow.simulation RUN`: the background process of a SimEnv. On stdin: JSON with run, store, store_options, book,
-backend, workers."""
+backend, workers, journal_every."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ def main(spec: dict[str, Any]) -> int:
                 book=Path(spec["book"]),
                 backend=spec["backend"],
                 workers=spec["workers"],
+                journal_every=spec["journal_every"],
             )
     except FedflowError as error:
         logging.getLogger("fedflow").error("%s", error)

@@ -50,12 +50,15 @@ create table if not exists states (
 class SiteBook:
     """The book of one run, consistent with the commit number `head`: what was written after it is forgotten.
 
-    path: of the file, which several runs may share; None: one that is gone after `close`. Several threads may use it.
+    newest: number of the newest commit, where the run goes on from an earlier one; path: of the file, which several runs may share; None: one that is gone after `close`. Several threads may use it.
     Raises UserError where the file cannot be used, and SiteStateLost where sites remembered something as of `head` (`needed`)
     that is not in it.
     """
 
-    def __init__(self, path: Path | None, run: str, nonce: str, *, head: int, needed: bool) -> None:
+    def __init__(
+        self, path: Path | None, run: str, nonce: str, *, head: int, needed: bool, newest: int | None = None
+    ) -> None:
+        self._newest = head if newest is None else newest
         self._folder = tempfile.TemporaryDirectory(prefix="fedflow-book-") if path is None else None
         self.path = Path(self._folder.name) / "book.sqlite" if path is None and self._folder else Path(path or "")
         self.run, self._lock = run, threading.Lock()
@@ -80,7 +83,9 @@ class SiteBook:
     def _continue(self, nonce: str, head: int, needed: bool) -> None:
         found = self._file.execute("select nonce, step from runs where run = ?", (self.run,)).fetchone()
         known = found[1] if found and found[0] == nonce else -1
-        if needed and not head <= known <= head + 1:  # one further where a process was killed just before a commit
+        if (
+            needed and not head <= known <= self._newest + 1
+        ):  # one further where a process was killed just before a commit
             raise SiteStateLost(
                 f"site states lost: found those as of commit {known} in {self.path}, expected commit {head}'s; restore the file from a copy",
                 run=self.run,
@@ -135,6 +140,8 @@ class SiteBook:
 
         committed: the newest commit that is there: what was remembered before it is deleted
         """
+        if self._folder and not self._remembers:
+            return  # nobody will read it
         with self._transaction(self._sync):
             self._file.executemany(
                 "insert or replace into sites values (?, ?, ?, ?, ?, ?, ?)",

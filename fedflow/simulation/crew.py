@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import mmap
 import multiprocessing
 import multiprocessing.connection
@@ -42,6 +43,8 @@ LIVES = 3
 """Processes that may die over one site, or one after the other at their start."""
 SLOTS = 4
 """Units a worker that may be in work, or wait to be reduced."""
+_WORTH = 5e-4
+"""Seconds of work that are worth a message."""
 
 
 @dataclass(frozen=True)
@@ -185,7 +188,7 @@ class Processes:
         self._broadcast, self._arena = _Shared(), _Shared()
         self._phases, self._specs = itertools.count(), itertools.count()
         self._spec: tuple[int, Spec, Spec] | None = None
-        self._failed_starts = 0
+        self._failed_starts, self._seconds = 0, float("inf")  # of a site, in the newest answers
         self._together = recipe.numerics.deterministic == "fast"
         self._workers: list[_Worker] = []
         try:
@@ -244,7 +247,8 @@ class Processes:
             worker = min(self._workers, key=lambda w: len(w.units))
             if len(worker.units) > 1:
                 return
-            self._send(worker, cohort.dealt(self._together), cohort, told)
+            least = math.ceil(_WORTH / self._seconds) if self._seconds else BLOCK
+            self._send(worker, cohort.dealt(least, self._together), cohort, told)
 
     def _send(self, worker: _Worker, unit: _Unit, cohort: _Cohort, told: _Told) -> None:
         """A death is seen when something is received."""
@@ -263,12 +267,12 @@ class Processes:
         for connection in ready:
             worker = by_connection[connection]
             try:
-                rows, summed, self._together = connection.recv()
+                rows, summed, self._together, seconds = connection.recv()
             except (EOFError, OSError):
                 self._bury(worker, cohort, told)
                 continue
             unit, self._failed_starts = worker.units.popleft(), 0
-            unit.rows, unit.summed = rows, summed
+            unit.rows, unit.summed, self._seconds = rows, summed, seconds / max(len(rows), 1)
 
     def _bury(self, worker: _Worker, cohort: _Cohort, told: _Told) -> None:
         """Another process for one that died, with the same units, but without a site that killed several."""
@@ -371,13 +375,14 @@ class _Cohort:
     def may_deal(self) -> bool:
         return bool(self._free) and self._next < len(self.tasks)
 
-    def dealt(self, together: bool) -> _Unit:
+    def dealt(self, least: int, together: bool) -> _Unit:
         """The next unit: whole blocks as long as there are many, fewer sites towards the end, so that all workers end at once.
 
-        together: sites of a unit are trained together, and so are not spread over more units than there are workers
+        least: sites that are worth a message, if there are as many for each worker; together: sites of a unit are trained together, and so are not spread over more units than there are workers
         """
         left = len(self.tasks) - self._next
-        wanted = -(-left // self._workers) if together else left // (2 * self._workers)
+        share = -(-left // self._workers)
+        wanted = share if together else max(left // (2 * self._workers), min(least, share))
         unit = _Unit(self._next, max(1, min(self._space.most, wanted)), self._free.pop())
         self._next += unit.count
         self._dealt.append(unit)
@@ -523,8 +528,12 @@ class _Work:
         self._space, self._arena = _Space(self._update, most), self._mapped[arena]
         self._phase = Phase(*of, self._broadcast.views(self._mapped[broadcast]), self._update.spec)
 
-    def unit(self, number: int, tasks: Mapping[int, Task], summed: bool, careful: bool) -> tuple[Any, bool, bool]:
-        """Position -> row; whether the sums are there; whether sites are trained together. careful: to see which site kills"""
+    def unit(
+        self, number: int, tasks: Mapping[int, Task], summed: bool, careful: bool
+    ) -> tuple[Any, bool, bool, float]:
+        """Position -> row; whether the sums are there; whether sites are trained together; seconds. careful: to see which site
+        kills"""
+        began = time.monotonic()
         slot, rows = self._slots.get(number) or self._space.at(self._arena, number), {}
         self._slots[number] = slot
         means: dict[str, WeightedMean] = {}
@@ -533,7 +542,7 @@ class _Work:
                 self._numerics = answer.update.numerics  # the same object for all of them is sent once
             rows[position] = _row(answer, self._numerics)
             summed = summed and _add(means, answer)
-        return rows, summed and _keep(means, slot.sums()), self._runner.together
+        return rows, summed and _keep(means, slot.sums()), self._runner.together, time.monotonic() - began
 
     def _answers(self, slot: _Slot, tasks: Mapping[int, Task], careful: bool) -> Iterator[tuple[int, Answer]]:
         if self._runner.together and len(tasks) > 1 and not careful:

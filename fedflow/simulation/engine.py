@@ -32,14 +32,13 @@ from fedflow.engine.rounds import (
     amend_run,
     check_cohort,
     lateness,
-    next_step,
     quorum_lost,
     quorum_of,
     start_run,
 )
 from fedflow.engine.updates import rebased
 from fedflow.engine.walk import one_thread, segments_of, sizes_of
-from fedflow.errors import QuorumLost, UpdateInvalid, UserError, field_error
+from fedflow.errors import FedflowError, QuorumLost, UpdateInvalid, UserError, field_error
 from fedflow.recipe import Recipe
 from fedflow.simulation.book import Entry, SiteBook
 from fedflow.simulation.clock import EPOCH, Clock, Flight, Work, note_flights, noted_trace
@@ -49,7 +48,7 @@ from fedflow.simulation.on_ray import OnRay, installed
 from fedflow.simulation.runner import Answer, Phase, SiteRunner, Task
 from fedflow.simulation.shared import copied
 from fedflow.simulation.traces import Trace
-from fedflow.store.journal import Journal
+from fedflow.store.journal import INITIAL, Journal
 from fedflow.store.objects import ObjectStore
 from fedflow.store.records import ContributorSummary, Evaluation, Manifest, Plan, TaskRecord, finite, utc_now
 from fedflow.store.state import read_state, tensor_fields
@@ -91,6 +90,7 @@ def simulate(
     backend: Backend = "processes",
     workers: int | None = None,
     trace: Trace | None = None,
+    journal_every: int = 1,
     on_commit: Callable[[Manifest], None] = lambda manifest: None,
 ) -> Journal:
     """Run `recipe` to its end and return its journal; a run that was interrupted is continued from its last commit.
@@ -105,6 +105,8 @@ def simulate(
     workers:   how many processes or actors; default: one a processor
     trace:     how the sites fare over simulated time, which decides who counts; noted at the run's start, and kept to.
                Default: everyone answers
+    journal_every: every so many rounds what a run goes on from is written, and after the last; other rounds leave their
+               records, and no model. A run that is interrupted does those since again
     on_commit: called after every commit, in their order, by a thread
     The bits are those of every other environment, for any number of workers. Raises QuorumLost where a phase cannot be
     committed; what was committed stays, and a second call goes on from there.
@@ -129,12 +131,11 @@ def simulate(
         objects = ObjectStore(store or f"memory://fedflow-{uuid.uuid4().hex}", store_options)
         journal = start_run(objects, run or f"{recipe.name}-{uuid.uuid4().hex[:8]}", recipe, names)
         recipe = amend_run(journal, recipe, sites=names)
-        noted_trace(journal, trace)
+        check_options(backend, workers, journal_every=journal_every, trace=noted_trace(journal, trace))
         everyone, count = journal.sites(), workers or len(os.sched_getaffinity(0))
         if recipe.computation.together:
             count = max(count, len(names))  # they wait for each other
-        head = journal.head(recipe.computation.phases)
-        assert head is not None
+        head = _whole_head(journal, recipe.computation.phases)
         crew: Crew
         if backend != "ray":
             check_memory(recipe, head, count if backend == "processes" else 1)
@@ -145,12 +146,18 @@ def simulate(
         else:
             crew = Processes(recipe, everyone, count, budget=recipe.memory_budget)
         with closing(crew):
-            Simulation(journal, recipe, head, names, everyone, crew, on_commit).run(book)
+            Simulation(journal, recipe, head, names, everyone, crew, on_commit, journal_every).run(book)
     return journal
 
 
-def check_options(backend: str, workers: int | None) -> None:
-    """Raises UserError where there is no such backend here, or no such number of workers."""
+def check_options(backend: str, workers: int | None, *, journal_every: int = 1, trace: Trace | None = None) -> None:
+    """Raises UserError where there is no such backend here, no such number of workers, or the journal would lack what late
+    updates rest upon."""
+    if journal_every < 1:
+        raise UserError(field_error("journal_every", journal_every, "a count of rounds, at least 1", "raise it"))
+    if journal_every > 1 and trace is not None:
+        expected = "1 with a trace, where late updates rest upon earlier rounds"
+        raise UserError(field_error("journal_every", journal_every, expected, "leave it out"))
     if backend not in BACKENDS:
         raise UserError(field_error("backend", backend, f"one of {', '.join(BACKENDS)}", "choose one of them"))
     if workers is not None and workers < 1:
@@ -159,8 +166,20 @@ def check_options(backend: str, workers: int | None) -> None:
         installed()
 
 
+def _whole_head(journal: Journal, phases: tuple[str, ...]) -> Manifest:
+    """The newest commit of which all is there; where none is, the newest one."""
+    steps = sorted(journal.committed(), key=lambda step: (step[0], phases.index(step[1])), reverse=True)
+    for round, phase in (*steps, (INITIAL, "initial")):
+        found = journal.manifest(round, phase)
+        if found and all(journal.store.exists(ref.key) for ref in found.objects()):
+            return found
+    newest = journal.head(phases)
+    assert newest is not None
+    return newest
+
+
 class Simulation:
-    """One start of a run over `sites`, of `everyone` who ever was to take part. head: its newest commit."""
+    """One start of a run over `sites`, of `everyone` who ever was to take part. head: the commit that it goes on from."""
 
     def __init__(
         self,
@@ -171,10 +190,12 @@ class Simulation:
         everyone: Sequence[SiteId],
         crew: Crew,
         on_commit: Callable[[Manifest], None],
+        journal_every: int = 1,
     ) -> None:
         self.journal, self.recipe, self.algorithm, self.crew = journal, recipe, recipe.computation, crew
         self._head, self._everyone, self._on_commit = head, everyone, on_commit
         self._absent = dict.fromkeys(sorted(set(everyone) - set(sites)), "not among the sites")
+        self._every, self._last_whole = journal_every, self._number(head.round, head.phase)
         self._evaluator = Evaluator(recipe) if recipe.evaluation else None
 
     def run(self, book: Path | None) -> None:
@@ -183,7 +204,8 @@ class Simulation:
         self._nonce = self.journal.record().nonce
         self._state = read_state(self.journal.store, algorithm.State, head.state)
         evaluate_round(self.journal, head)  # whoever was killed right after a commit has not done it
-        self._values = key_metrics(self.journal, self.recipe)
+        ended = head.round + (head.phase == algorithm.phases[-1])
+        self._values = key_metrics(self.journal, self.recipe)[: max(ended, 0)]
         self._clock = Clock.of(self.journal, self.recipe, head)
         self._lateness: tuple[Literal["drop", "carry"], int] = ("drop", 0)
         self._asks_again = False
@@ -191,7 +213,15 @@ class Simulation:
         self._broadcasts: dict[int, Phase] = {}  # of earlier rounds, from which sites are still at work
         needed = bool(algorithm.SiteState.__dataclass_fields__) and not algorithm.renewable
         number = self._number(head.round, head.phase)
-        self._book = SiteBook(book, self.journal.run, self._nonce, head=number, needed=needed)
+        newest = self.journal.head(algorithm.phases) or head
+        self._book = SiteBook(
+            book,
+            self.journal.run,
+            self._nonce,
+            head=number,
+            needed=needed,
+            newest=self._number(newest.round, newest.phase),
+        )
         with closing(self._book):
             self._entries = self._book.entries()
             with _Writer(self) as writer:
@@ -203,7 +233,8 @@ class Simulation:
         return round * len(phases) + phases.index(phase) if round >= 0 else -1
 
     def _advance(self, writer: _Writer) -> None:
-        step = next_step(self.journal, self.recipe)
+        head = self._head
+        step = self._after(Step(head.round, head.phase)) if head.round >= 0 else Step(0, self.algorithm.phases[0])
         chosen, quorum = self._begun(step) if step else ({}, 0)
         contributors = set(self._head.contributors)
         while step:
@@ -216,8 +247,9 @@ class Simulation:
                 chosen, closes = self._checked(step, chosen, closes, self._absent)
             done = self._phase(step, chosen, closes)
             contributors = set(done.contributors)
-            writer.put(done)
             step = self._after(step)
+            done.whole = step is None or step.round % self._every == 0
+            writer.put(done)
 
     def _after(self, step: Step) -> Step | None:
         phases = self.algorithm.phases
@@ -485,7 +517,7 @@ class Simulation:
     # -- commits, written by another thread
     def commit(self, done: _Done) -> None:
         """Write what a phase left behind: what sites remember first, the manifest last."""
-        self._book.write(done.number, done.entries, done.number - 1)
+        self._book.write(done.number, done.entries, self._last_whole)
         note_flights(self.journal, done.step, done.flights)
         if done.plan is not None:
             self.journal.put_plan(done.plan(self._head))
@@ -498,13 +530,21 @@ class Simulation:
             contributors=done.summaries(),
             excluded={**self._absent, **done.excluded},
             partial=done.partial(),
-            **written_state(self.journal, self.algorithm, done.state, following(self.algorithm, done.step.phase)),
+            **written_state(
+                self.journal, self.algorithm, done.state, following(self.algorithm, done.step.phase), write=done.whole
+            ),
             metrics=done.metrics,
             opened=done.opened,
             committed=done.closed or utc_now(),
             seconds=0.0 if done.closed else done.seconds,
         )
         self._head = self.journal.put_manifest(manifest)
+        if self._head.model_digest != manifest.model_digest:
+            found = f"round {done.step.round}: found {manifest.model_digest} when it was done again"
+            raise FedflowError(
+                f"{found}, expected {self._head.model_digest} as in its commit; go on where it was begun, with the same numerics"
+            )
+        self._last_whole = done.number if done.whole else self._last_whole
         if done.evaluation is not None:
             self.journal.put_evaluation(
                 Evaluation(round=done.step.round, model_digest=manifest.model_digest, metrics=done.evaluation)
@@ -532,6 +572,7 @@ class _Done:
 
     number: of the commit; received: bytes of the broadcast; expects: a complete update; fewer: names of those that are not
     closed, flights: when it closed in simulated time, and what was under way then
+    whole: whether the state is written, too
     """
 
     step: Step
@@ -547,6 +588,7 @@ class _Done:
     evaluation: Mapping[str, float | None] | None = None
     plan: Callable[[Manifest], Plan] | None = None
     seconds: float = 0.0
+    whole: bool = True
     closed: datetime | None = None
     flights: Mapping[SiteId, Flight] = field(default_factory=dict)
 

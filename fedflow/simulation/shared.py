@@ -95,8 +95,9 @@ def fill(views: Mapping[str, Packed], groups: Groups) -> dict[str, Tensors]:
                 place = there[name]
                 if place.shape != tensor.shape:  # `TensorSpec.up_to`
                     place, whole = place[: len(tensor)], False
-                place.copy_(tensor)
                 fewer[name] = place
+            if fewer:
+                torch._foreach_copy_(list(fewer.values()), list(tensors.values()))
             found[group] = there if whole else fewer
     return found
 

@@ -154,7 +154,7 @@ def connect(url: str, options: dict[str, Any]) -> tuple[str, Backend]:
     if path and (problem := key_problem(path)):
         raise KeyEscapesRoot(f"{shown}: {problem}")
     if scheme == "memory" and not options:
-        return shown, _Fsspec(fsspec.filesystem("memory"), f"/{place}", (), _MEMORY)
+        return shown, _Memory(fsspec.filesystem("memory"), f"/{place}", (), _MEMORY)
     if scheme == "memory":
         raise StoreError(f"{shown}: found the options {sorted(options)}, expected none for a store in memory")
     secrets = _secrets(options)
@@ -874,3 +874,13 @@ class _Fsspec:
         if isinstance(exc, OSError):
             return _explain_os_error(exc, what, self._secrets)
         return StoreError(f"{what}: {type(exc).__name__}: {_told(exc, self._secrets)}")
+
+
+class _Memory(_Fsspec):
+    """fsspec's files in memory, of which `info` goes through all, whichever is asked for."""
+
+    def size(self, key: str) -> int:
+        path = f"{self._root}/{key}"
+        if not self._fs.isfile(path):
+            raise FileNotFoundError(errno.ENOENT, "not an object", key)
+        return int(self._fs.store[path].size)

@@ -36,7 +36,7 @@ from fedflow.errors import (
 )
 from fedflow.store.backends import RESERVED, Backend, Blocks, Buffers, Data, Ranges, connect, key_problem
 
-__all__ = ["CHUNK_SIZE", "ObjectRef", "ObjectStore", "digest"]
+__all__ = ["CHUNK_SIZE", "ObjectRef", "ObjectStore", "digest", "object_of"]
 
 CHUNK_SIZE = 16 << 20  # bytes that are hashed, and so verified, together
 _SMALL = 8 << 20  # bytes of an object that is sent at once, not in parts
@@ -164,6 +164,13 @@ def _measure(parts: Iterable[Data], chunk_size: int) -> tuple[int, str, int, tup
     for _ in meter:
         pass
     return meter.result()
+
+
+def object_of(prefix: str, parts: Iterable[Data], suffix: str = "", *, chunk_size: int = CHUNK_SIZE) -> ObjectRef:
+    """What `ObjectStore.write` would call these bytes."""
+    measured = _measure(parts, chunk_size)
+    name = f"{measured[1].removeprefix('blake3:')}{suffix}"
+    return ObjectRef(f"{prefix}/{name}" if prefix else name, *measured)
 
 
 def _flat(data: Data) -> memoryview:
@@ -317,9 +324,7 @@ class ObjectStore:
         heal: bool = False,
     ) -> ObjectRef:
         """The same of parts that are made anew to be measured and to be sent: memory holds a few of them, not the object."""
-        measured = _measure(parts(), chunk_size)
-        name = f"{measured[1].removeprefix('blake3:')}{suffix}"
-        ref = ObjectRef(f"{prefix}/{name}" if prefix else name, *measured)
+        ref = object_of(prefix, parts(), suffix, chunk_size=chunk_size)
         try:
             there = self.size(ref.key) == ref.size and (not heal or self._is_whole(ref))
         except (ObjectMissing, ObjectCorrupt):

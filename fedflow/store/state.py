@@ -32,9 +32,9 @@ def scalars_of(state: Any) -> dict[str, Any]:
 
 
 def write_state(
-    store: ObjectStore, prefix: str, state: Any, known: Mapping[int, ObjectRef] | None = None
+    store: ObjectStore | None, prefix: str, state: Any, known: Mapping[int, ObjectRef] | None = None
 ) -> StateRecord:
-    """Write `state` below `prefix`. known: id of a tensor mapping -> object that holds it already."""
+    """Write `state` below `prefix`. store: None: nothing is written; known: id of a tensor mapping -> object that holds it already."""
     known, tensors, scalars = known or {}, tensor_fields(state), scalars_of(state)
     refs = {name: known.get(id(value)) or write_tensors(store, prefix, value) for name, value in tensors.items()}
     return StateRecord(tensors=refs, scalars=scalars)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fedflow.errors import FedflowError, ObjectCorrupt
 from fedflow.store.backends import Data
-from fedflow.store.objects import CHUNK_SIZE, ObjectRef, ObjectStore
+from fedflow.store.objects import CHUNK_SIZE, ObjectRef, ObjectStore, object_of
 from fedflow.store.reading import Reader
 from fedflow.tensors import Stored, raw_bytes
 from fedflow.types import Tensors, TensorSpec, spec_of
@@ -81,11 +81,11 @@ def header(spec: Mapping[str, TensorSpec]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def write_tensors(store: ObjectStore, prefix: str, tensors: Tensors, *, heal: bool = False) -> ObjectRef:
+def write_tensors(store: ObjectStore | None, prefix: str, tensors: Tensors, *, heal: bool = False) -> ObjectRef:
     """Write `tensors` as one object below `prefix`. The same tensors give the same bytes, and are written once.
 
     Memory holds at most one more tensor: one that is not contiguous, or not in the processor's memory.
-    heal: and once more where they are damaged
+    store: None: nothing is written, and what is returned says what would be; heal: and once more where they are damaged
     """
     spec = spec_of({"": tensors})[""]
     names = file_order(spec)
@@ -95,6 +95,8 @@ def write_tensors(store: ObjectStore, prefix: str, tensors: Tensors, *, heal: bo
         yield head
         yield from (raw_bytes(tensors[name]) for name in names)
 
+    if store is None:
+        return object_of(prefix, parts(), ".safetensors")
     return store.write_parts(prefix, parts, ".safetensors", heal=heal)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fedflow.algorithm import Algorithm, Correction, LocalResult, Training
+from fedflow.algorithms.diloco import DiLoCo
 from fedflow.algorithms.fedavg import FedAvg
 from fedflow.algorithms.fedprox import FedProx
 from fedflow.algorithms.qfedavg import QFedAvg
@@ -173,8 +174,13 @@ def test_batches_of_other_sizes_are_steps_of_their_own_where_rows_cannot_be_adde
 
 
 # -- under algorithms --------------------------------------------------------------------------------------------------
-def updates(algorithm: Algorithm, works: list[LocalTrainer], together: Together, **more: Any) -> list[Any]:
-    state = algorithm.init(start(Double))
+def updates(
+    algorithm: Algorithm,
+    works: list[LocalTrainer],
+    together: Together,
+    model: Callable[[], nn.Module] = Double,
+) -> list[Any]:
+    state = algorithm.init(start(model))
     broadcast = algorithm.broadcast(state, "train")
 
     def part(site: int) -> Callable[[Training], tuple[Update, Any]]:
@@ -187,11 +193,19 @@ def updates(algorithm: Algorithm, works: list[LocalTrainer], together: Together,
     return together.run([Part(work, part(site)) for site, work in enumerate(works)])
 
 
+ANEW = DiLoCo(local_steps_per_round=5, preserve_optimizer_state=False)
+
+
 @pytest.mark.parametrize(
-    "algorithm", [FedAvg(), FedProx(mu=0.1), Scaffold(), Scaffold(option=1), QFedAvg(q=1.0)], ids=lambda a: repr(a)[:30]
+    ("algorithm", "optimizer"),
+    [
+        *((a, Optimizer(lr=0.1)) for a in (FedAvg(), FedProx(mu=0.1), Scaffold(), Scaffold(option=1), QFedAvg(q=1.0))),
+        (ANEW, Optimizer(kind="adamw", lr=0.01, weight_decay=0.1)),
+    ],
+    ids=lambda a: repr(a)[:30],
 )
-def test_algorithms_stay_as_they_are(algorithm: Algorithm) -> None:
-    works = trainers(Double, optimizer=Optimizer(lr=0.1))
+def test_algorithms_stay_as_they_are(algorithm: Algorithm, optimizer: Optimizer) -> None:
+    works = trainers(Double, optimizer=optimizer)
     found = updates(algorithm, works, Together(quicker=True))
     expected = updates(algorithm, works, Together(quicker=False))
     for (ours, kept), (theirs, their_kept) in zip(found, expected, strict=True):
@@ -291,6 +305,24 @@ def test_what_cannot_be_is_done_by_the_loop_to_its_bits_with_one_line(
         assert isinstance(result, LocalResult) and "vectorised" not in result.numerics
         for group, tensors in expected.groups.items():
             assert all(torch.equal(result.groups[group][name], tensor) for name, tensor in tensors.items())
+
+
+def test_an_optimizer_that_goes_on_from_round_to_round_is_the_loops_with_one_line(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    works, together = trainers(optimizer=Optimizer(kind="adamw", lr=0.01)), Together()
+    algorithm = DiLoCo(local_steps_per_round=5)
+    with caplog.at_level(logging.INFO, "fedflow.local.vectorised"):
+        found = [updates(algorithm, works, together, model=Net) for _ in range(2)][1]
+    assert [r.getMessage() for r in caplog.records] == [
+        "sites are trained one after the other: their optimizer goes on where it stopped in its last round "
+        "(algorithm.preserve_optimizer_state)"
+    ]
+    assert together.quicker is False
+    for (ours, _), (theirs, _) in zip(
+        found, updates(algorithm, works, Together(quicker=False), model=Net), strict=True
+    ):
+        torch.testing.assert_close(dict(ours.tensors), dict(theirs.tensors), rtol=0, atol=0)
 
 
 def test_bitwise_numerics_are_never_trained_together() -> None:

@@ -14,7 +14,7 @@ import ray
 from torch import Tensor, nn
 
 from fedflow.environments import SimEnv
-from fedflow.errors import UserError
+from fedflow.errors import QuorumLost, UserError
 from fedflow.recipe import Federation
 from fedflow.simulation.engine import simulate
 from tests.builders import SITES, Blobs, bits, head, recipe
@@ -97,6 +97,12 @@ def test_a_site_over_which_actors_die_is_excluded(cluster: None) -> None:
     assert "its process died 3 times" in found.excluded["site-2"]
     others = simulate(recipe(quorum=2, rounds=1), ["site-1", "site-3"], backend="debug")
     assert found.model_digest == head(others).model_digest
+
+
+def test_a_site_that_fails_is_named_with_the_reason(cluster: None) -> None:
+    work = {"path": "tests.simulation.test_simulation:Bad", "args": {"how": "has no data"}}
+    with pytest.raises(QuorumLost, match=r"missing: site-2: .*the workload has no examples"):
+        simulate(recipe(workload=work, rounds=1), SITES, backend="ray", workers=2)
 
 
 def test_more_actors_than_the_cluster_has_processors_are_refused(cluster: None) -> None:

@@ -16,14 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from fedflow.algorithms import FedAvg
 from fedflow.engine import simulate as reference
+from fedflow.engine.retention import check_run
 from fedflow.engine.summary import summarize
 from fedflow.errors import QuorumLost, SiteStateLost, UserError
 from fedflow.recipe import Recipe
 from fedflow.simulation.engine import simulate
+from fedflow.simulation.traces import Generated
 from fedflow.store.journal import Journal
 from fedflow.store.objects import ObjectStore
 from fedflow.store.records import Manifest
@@ -151,11 +153,12 @@ from tests.builders import SITES, recipe
 
 if __name__ == "__main__":
     folder, fields = Path(sys.argv[1]), json.loads(sys.argv[2])
-    simulate(recipe(**fields), SITES, store=str(folder / "store"), run="run", book=folder / "book.sqlite", workers=2)
+    options = json.loads(sys.argv[3])
+    simulate(recipe(**fields), SITES, store=str(folder / "store"), run="run", book=folder / "book.sqlite", workers=2, **options)
 """
 
 
-def simulated(folder: Path, fields: Mapping[str, Any], fault: Fault | None = None) -> int:
+def simulated(folder: Path, fields: Mapping[str, Any], fault: Fault | None = None, **options: Any) -> int:
     """The exit code of a simulation in a process of its own."""
     script = folder / "simulated.py"
     script.write_text(SCRIPT)
@@ -163,7 +166,7 @@ def simulated(folder: Path, fields: Mapping[str, Any], fault: Fault | None = Non
     environment = {**os.environ, "PYTHONPATH": python_path}
     if fault:
         environment |= fault.environment(environment)
-    command = [sys.executable, str(script), str(folder), json.dumps(dict(fields))]
+    command = [sys.executable, str(script), str(folder), json.dumps(dict(fields)), json.dumps(options)]
     return subprocess.run(command, env=environment, check=False).returncode
 
 
@@ -195,6 +198,44 @@ def test_a_killed_simulation_goes_on_to_the_same_bytes(fault: Fault, undisturbed
     assert simulated(tmp_path, STATEFUL) == 0
     assert bits(there(tmp_path)) == bits(undisturbed)
     assert evaluations(there(tmp_path)) == evaluations(undisturbed)
+
+
+def test_with_a_model_every_few_rounds_a_killed_simulation_does_those_since_again(tmp_path: Path) -> None:
+    """Killed in round 4, whose model would not be written: it goes on behind round 2, from what the sites remembered then."""
+    fields = {**STATEFUL, "rounds": 7}
+    assert simulated(tmp_path, fields, fail_at("manifest", round=4), journal_every=3) == -signal.SIGKILL
+    assert have_models(there(tmp_path)) == [False, False, True, False]
+    assert simulated(tmp_path, fields, journal_every=3) == 0
+    assert have_models(there(tmp_path)) == [False, False, True, False, False, True, True]
+    journal, undisturbed = there(tmp_path), reference(recipe(**fields), SITES)
+    assert [m.model_digest for m in manifests(journal)] == [m.model_digest for m in manifests(undisturbed)]
+    assert bits(journal) == bits(undisturbed)
+    assert evaluations(journal) == evaluations(undisturbed)
+    assert check_run(journal).problems == []
+
+
+def have_models(journal: Journal) -> list[bool]:
+    return [all(journal.store.exists(ref.key) for ref in m.objects()) for m in manifests(journal)]
+
+
+def manifests(journal: Journal) -> list[Manifest]:
+    return [m for round, phase in journal.committed() if (m := journal.manifest(round, phase))]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"journal_every": 0}, "journal_every: found 0, expected a count of rounds, at least 1"),
+        (
+            {"journal_every": 2, "trace": Generated(seed=1, seconds_per_step=1.0)},
+            "journal_every: found 2, expected 1 with a trace",
+        ),
+    ],
+    ids=["none", "with a trace"],
+)
+def test_a_journal_that_cannot_be_written_so_seldom_is_refused(options: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        simulate(recipe(), SITES, backend="debug", **options)
 
 
 def test_no_process_outlives_a_killed_simulation(tmp_path: Path) -> None:
@@ -332,6 +373,45 @@ def test_below_the_quorum_the_run_stops_and_goes_on_when_the_site_is_back(tmp_pa
     assert there(tmp_path).committed() == []
     (tmp_path / "broken").unlink()
     assert head(simulate(broken, SITES, **options)).model_digest == head(reference(recipe(), SITES)).model_digest
+
+
+class Bad(Blobs):
+    """Site 2 is of no use, in one way or another."""
+
+    def __init__(self, site: str, how: str) -> None:
+        if site == "site-2" and how == "cannot be read":
+            raise FileNotFoundError("no such volume")
+        super().__init__(site)
+        self.how = how if site == "site-2" else ""
+
+    def __len__(self) -> int:
+        return 0 if self.how == "has no data" else super().__len__()
+
+    def batches(self, batch_size: int, generator: Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        for inputs, targets in super().batches(batch_size, generator):
+            yield (inputs[:, :3] if self.how == "has other columns" else inputs), targets
+
+
+BAD = {
+    "cannot be read": r"FileNotFoundError: no such volume",
+    "has no data": r"round 0, site site-2: the workload has no examples; give this site data or leave it out",
+    "has other columns": r"RuntimeError: mat1 and mat2 shapes cannot be multiplied \(\d+x3 and 4x6\)",
+}
+
+
+@pytest.mark.parametrize("how", BAD)
+def test_a_site_of_no_use_is_named_with_the_reason(how: str) -> None:
+    work = {"path": "tests.simulation.test_simulation:Bad", "args": {"how": how}}
+    with pytest.raises(QuorumLost, match=rf"(?s)round 0: found 2 valid updates, .* missing: site-2: .*{BAD[how]}"):
+        simulate(recipe(workload=work, rounds=1), SITES, backend="debug")
+
+
+def test_more_sampled_than_there_are_is_said_before_anything_starts() -> None:
+    sampled = recipe(schedule={"kind": "sampled", "sites_per_round": 4})
+    with pytest.raises(
+        UserError, match=r"schedule.sites_per_round: found 4, expected at most 3, the sites of the federation; lower"
+    ):
+        simulate(sampled, SITES)
 
 
 class Wordy(Blobs):

@@ -39,11 +39,22 @@ def simulated(deterministic: str, **changes: Any) -> Journal:
     return simulate(recipe(**fields), SITES, workers=2)
 
 
+ADAMW = {"steps": 3, "batch_size": 4, "optimizer": {"kind": "adamw", "lr": 0.01}}
+
+
 @pytest.mark.parametrize(
-    "algorithm", [{"kind": "fedavg"}, {"kind": "scaffold"}, {"kind": "fedprox", "mu": 0.1}], ids=lambda a: a["kind"]
+    "changes",
+    [
+        {"algorithm": {"kind": "fedavg"}},
+        {"algorithm": {"kind": "scaffold"}},
+        {"algorithm": {"kind": "fedprox", "mu": 0.1}},
+        {"algorithm": {"kind": "diloco", "preserve_optimizer_state": False}, "training": ADAMW},
+        {"algorithm": {"kind": "diloco"}, "training": ADAMW},  # by the loop
+    ],
+    ids=["fedavg", "scaffold", "fedprox", "diloco", "diloco that goes on"],
 )
-def test_it_comes_to_the_model_of_the_loop(algorithm: dict[str, Any]) -> None:
-    fast, exact = (simulated(d, algorithm=algorithm) for d in ("fast", "bitwise"))
+def test_it_comes_to_the_model_of_the_loop(changes: dict[str, Any]) -> None:
+    fast, exact = (simulated(d, **changes) for d in ("fast", "bitwise"))
     torch.testing.assert_close(model_of(fast), model_of(exact), rtol=1e-4, atol=1e-5)
     assert {s: c.steps for s, c in head(fast).contributors.items()} == {
         s: c.steps for s, c in head(exact).contributors.items()

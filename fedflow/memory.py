@@ -5,12 +5,28 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
+from math import prod
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import Tensor
 
-__all__ = ["available", "keep_freed", "settle", "tidy", "tidy_after"]
+__all__ = ["available", "fresh", "keep_freed", "settle", "tidy", "tidy_after"]
+
+
+def fresh(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A tensor with memory of its own, and nothing in it yet. For those that come and go by the hundred, all of one size.
+
+    torch asks for aligned memory. For it glibc before 2.38 finds no room where a tensor of the same size was, and a process grows
+    (by a half, in aggregations of many sites); NumPy's memory fits there.
+    """
+    size = prod(shape) * dtype.itemsize
+    return (
+        torch.from_numpy(np.empty(size, np.uint8)).view(dtype).view(shape) if size else torch.empty(shape, dtype=dtype)
+    )
 
 
 def available() -> int | None:

@@ -14,6 +14,7 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
+from fedflow.memory import fresh
 from fedflow.types import Groups, Tensors, canonical_json
 
 __all__ = [
@@ -94,6 +95,7 @@ class WeightedMean:
         self._total: dict[str, Tensor] = {}
         self._block: dict[str, Tensor] = {}
         self._spare: dict[str, Tensor] = {}  # sums of blocks that are closed: memory for the next one's
+        self._scratch = torch.empty(0, dtype=torch.float64)
         self._weight: dict[str, float] = {}
         self._single: dict[str, Tensor | None] = {}
         self._dtype: dict[str, torch.dtype] = {}
@@ -114,11 +116,10 @@ class WeightedMean:
                 raise ValueError(f"{name}: {list(tensor.shape)} after {list(self._shape[name])}")
             self._shape[name] = tensor.shape
             if name in self._block:
-                _add_scaled(self._block[name], tensor, weight)
-            elif name in self._spare:
-                self._block[name] = self._spare.pop(name).copy_(tensor).mul_(weight)
+                self._add_scaled(self._block[name], tensor, weight)
             else:
-                self._block[name] = tensor.to(torch.float64, copy=True).contiguous().mul_(weight)
+                room = self._spare.pop(name) if name in self._spare else fresh(tensor.shape, torch.float64)
+                self._block[name] = room.copy_(tensor).mul_(weight)
             self._weight[name] = self._weight.get(name, 0.0) + weight
             self._single[name] = None if name in self._single else tensor
         self._added += 1
@@ -186,6 +187,18 @@ class WeightedMean:
         self._dtype = {name: dtype for name, (dtype, _, _) in places.items()}
         self._shape = {name: torch.Size(shape) for name, (_, _, shape) in places.items()}
 
+    def _add_scaled(self, total: Tensor, tensor: Tensor, weight: float) -> None:
+        """total ← total + weight·tensor in float64, product and sum each rounded once; without temporaries of their size."""
+        if len(self._scratch) < min(_TILE, tensor.numel()):
+            self._scratch = torch.empty(min(_TILE, tensor.numel()), dtype=torch.float64)
+        exact = tensor.dtype == torch.float32 and float(weight).is_integer() and abs(weight) <= _EXACT
+        if tensor.numel() <= _TILE:
+            wide = self._scratch[: tensor.numel()]
+            _add_tile(total.view(-1), wide.copy_(tensor.reshape(-1)), weight, exact)
+            return
+        for into, tile in zip(torch.split(total.view(-1), _TILE), torch.split(tensor.reshape(-1), _TILE), strict=True):
+            _add_tile(into, self._scratch[: len(tile)].copy_(tile), weight, exact)
+
     def _close_block(self) -> None:
         for name, partial in self._block.items():
             if name in self._total:
@@ -210,17 +223,6 @@ class WeightedMean:
 
 _TILE = 1 << 16  # elements whose float64 values fit into a core's cache
 _EXACT = 1 << 29  # whole numbers up to here times a float32 are exact in float64: a fused sum has nothing else to round
-
-
-def _add_scaled(total: Tensor, tensor: Tensor, weight: float) -> None:
-    """total ← total + weight·tensor in float64, product and sum each rounded once; without temporaries of their size."""
-    scratch = torch.empty(min(_TILE, tensor.numel()), dtype=torch.float64)
-    exact = tensor.dtype == torch.float32 and float(weight).is_integer() and abs(weight) <= _EXACT
-    if tensor.numel() <= _TILE:
-        _add_tile(total.view(-1), scratch.copy_(tensor.reshape(-1)), weight, exact)
-        return
-    for into, tile in zip(torch.split(total.view(-1), _TILE), torch.split(tensor.reshape(-1), _TILE), strict=True):
-        _add_tile(into, scratch[: len(tile)].copy_(tile), weight, exact)
 
 
 def _add_tile(total: Tensor, wide: Tensor, weight: float, exact: bool) -> None:

@@ -13,8 +13,8 @@ PACKAGE = Path(__file__).parents[1] / "fedflow"
 
 LAYERS = [  # lowest first; a part imports itself and what lies below
     {"errors"},  # the tree of errors
-    {"types"},  # values that cross a boundary
-    {"tensors", "described", "registry", "memory", "data"},
+    {"types", "memory"},  # values that cross a boundary; a process and its memory
+    {"tensors", "described", "registry", "data"},
     {"algorithm"},  # the contracts
     {"algorithms", "schedules", "transforms"},
     {"recipe"},

@@ -19,6 +19,7 @@ from blake3 import blake3
 from torch import Tensor
 
 from fedflow.errors import FedflowError, ObjectCorrupt
+from fedflow.memory import fresh
 from fedflow.store.backends import Data
 from fedflow.store.objects import CHUNK_SIZE, ObjectRef, ObjectStore, object_of
 from fedflow.store.reading import Reader
@@ -129,7 +130,7 @@ class TensorReader:
         entries = self._header.entries
         names = sorted((name for name in part if name in entries), key=lambda name: entries[name][1:])
         wanted = [(name, self._place(name, part[name])) for name in names]
-        found = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, (spec, _, _) in wanted}
+        found = {name: fresh(spec.shape, spec.dtype) for name, (spec, _, _) in wanted}
         for run in _runs([(start, end, raw_bytes(found[name])) for name, (_, start, end) in wanted]):
             self._reader.read_into(run[0][0], [buffer for _, _, buffer in run])
         return found

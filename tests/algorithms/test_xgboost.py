@@ -18,6 +18,7 @@ import numpy as np
 import pandas
 import psutil
 import pytest
+import torch
 import xgboost
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
@@ -406,6 +407,13 @@ def test_a_site_whose_rows_do_not_fit_is_excluded(data: Any, told: str) -> None:
     assert manifest and list(manifest.contributors) == ["site-1"]
     with pytest.raises(AssertionError, match=told):
         raise AssertionError(manifest.excluded["site-2"])
+
+
+def test_features_may_be_a_tensor_or_lists() -> None:
+    ran = recipe(algorithm={"params": BINARY}, rounds=1)
+    others = [simulate(ran, {"site-1": (X, Y), "site-2": (made(X), Y)}) for made in (torch.as_tensor, np.ndarray.tolist)]
+    expected = model_of(booster_of(simulate(ran, {site: (X, Y) for site in SITES})))
+    assert [model_of(booster_of(other)) for other in others] == [expected] * 2
 
 
 def test_columns_that_differ_end_a_histogram_round_before_anything_is_trained() -> None:

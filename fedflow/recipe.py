@@ -42,6 +42,7 @@ from fedflow.types import SiteId, canonical_json
 
 __all__ = [
     "AMENDABLE",
+    "TLS",
     "Delay",
     "Duration",
     "EarlyStop",
@@ -565,6 +566,11 @@ class Recipe(Described):
         """Of each round."""
         return tuple(self.computation.phases)
 
+    @property
+    def named_sites(self) -> set[SiteId]:
+        """Every site of which it speaks."""
+        return {*self.overrides, *self.required_sites, *self.schedule.names, *self.algorithm.names.values()}
+
     # -- what holds for one site
     def training_at(self, site: SiteId) -> LocalTraining:
         """Local training with `site`'s overrides."""
@@ -759,14 +765,14 @@ def _in_a_folder(path: str) -> str:
 
 
 class TLS(Described):
-    """Absolute paths of PEM files for connections between sites, in which each proves to the other who it is."""
+    """Absolute paths of PEM files for connections between sites, in which each shows the other that it is one of the federation's."""
 
     authority: str
-    """The certificates of who signed the other sites' certificates."""
+    """The certificate of who signs for the sites, and for nobody else: whoever has a certificate of it is let in."""
     certificate: str
     """This site's. Where the others come to it, with the name by which they do (`tracker.host`)."""
     private_key: str
-    """The certificate's."""
+    """The certificate's, without a passphrase; not for everybody to read."""
 
     @field_validator("authority", "certificate", "private_key")
     @classmethod

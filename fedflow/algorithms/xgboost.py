@@ -300,10 +300,9 @@ def _told(ctx: RoundContext) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError) as error:  # XGBoostError is a ValueError
-        text = re.sub(
-            r"^\[[\d:]+\] \S+:\d+: ", "", str(error).partition("\nStack trace")[0]
-        )  # the time, and its source's line
-        raise TrainingInvalid(f"xgboost: {text.removeprefix('Check failed: ')[:1000]}", **ctx.place) from error
+        text = str(error).partition("\nStack trace")[0]
+        text = re.sub(r"^\[[\d:]+\] \S+:\d+: (Check failed: )?", "", text)  # the time, and its source's line
+        raise TrainingInvalid(f"xgboost: {text[:1000]}", **ctx.place) from error
 
 
 def _xgboost() -> Any:
@@ -331,7 +330,7 @@ def _rows(data: Any, part: Literal["train", "held_out"], threads: int) -> Any:
         if len(data[0]) != len(data[1]):
             found = f"{len(data[0])} rows and {len(data[1])} labels"
             raise ValueError(field_error("workload", found, "as many of each", "mend the data"))
-        if (kind := getattr(data[0], "dtype", None)) is not None and kind.kind in "US":
+        if isinstance(kind := getattr(data[0], "dtype", None), np.dtype) and kind.kind in "US":
             raise ValueError(field_error("workload", f"features of type {kind}", "numbers", "encode the texts"))
         data = xgboost.DMatrix(data[0], label=data[1], nthread=threads, enable_categorical=True)  # to name them below
     if not data.num_row():

@@ -46,14 +46,17 @@ def check(recipe: RecipeFile, federation: FederationFile = None) -> None:
 
 
 def check_recipe(recipe: Recipe, sites: list[str] | None) -> list[str]:
-    """What the recipe amounts to. Raises UserError where a run of it would not start: it is started, in memory."""
+    """What the recipe amounts to. Raises UserError where a run of it would not start: it is started, in memory.
+
+    sites: of the federation; None = unknown: those of which the recipe speaks, and as many more as it needs
+    """
     from fedflow.engine import start_run
     from fedflow.engine.aggregation import read_model
     from fedflow.local.workload import check_evaluator
     from fedflow.registry import call, resolve
     from fedflow.store.objects import ObjectStore
 
-    named = sites or sorted({*recipe.overrides, *recipe.required_sites})
+    named = sites or _as_many_as_needed(recipe)
     journal = start_run(ObjectStore(f"memory://fedflow-check-{uuid.uuid4().hex}"), "check", recipe, named)
     if recipe.evaluation is not None:
         found = resolve("workloads", recipe.evaluation.path, field="evaluation")
@@ -66,6 +69,17 @@ def check_recipe(recipe: Recipe, sites: list[str] | None) -> list[str]:
         f"algorithm  {recipe.algorithm.kind}, schedule {recipe.schedule.kind}, {recipe.rounds} rounds",
         f"workload   {recipe.workload.path}{_whether_here(recipe)}",
     ]
+
+
+def _as_many_as_needed(recipe: Recipe) -> list[str]:
+    wanted = (
+        recipe.quorum,
+        recipe.min_sites,
+        recipe.algorithm.least_updates,
+        getattr(recipe.schedule, "sites_per_round", None),
+    )
+    missing = max(number or 0 for number in wanted) - len(recipe.named_sites)
+    return sorted(recipe.named_sites) + [f"unnamed-{i}" for i in range(missing)]
 
 
 def _whether_here(recipe: Recipe) -> str:

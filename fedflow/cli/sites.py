@@ -66,13 +66,13 @@ def try_(
     import json
     import tempfile
 
-    from fedflow.engine.trying import local_sites, try_recipe
+    from fedflow.engine.trying import try_recipe
     from fedflow.recipe import Recipe, SiteConfig
 
     site = SiteConfig.load(config).importable()
     spec = Recipe.load(recipe, site.context)
     with tempfile.TemporaryDirectory(prefix="fedflow-try-") as folder:
-        tried = try_recipe(spec, site, folder, sorted({*local_sites(spec, site.name), *(sites or [])}))
+        tried = try_recipe(spec, site, folder, sites or [])
     rows = [{"recipe": spec.digest(), **phase.row()} for phase in tried]
     if as_json:
         typer.echo(json.dumps(rows))

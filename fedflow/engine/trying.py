@@ -9,7 +9,7 @@ from typing import Any
 from fedflow.engine.rounds import close_round, commit_round, federation_view, new_opening, start_run, survey
 from fedflow.engine.site import SiteWork, site_step
 from fedflow.local.model import build_model
-from fedflow.recipe import Recipe, SiteConfig
+from fedflow.recipe import NO_MODEL, Recipe, SiteConfig
 from fedflow.schedules import Everyone
 from fedflow.store.journal import Journal
 from fedflow.store.objects import ObjectStore
@@ -18,7 +18,7 @@ from fedflow.store.tensors import read_tensors
 from fedflow.tensors import non_finite
 from fedflow.types import SiteId
 
-__all__ = ["Tried", "local_sites", "try_recipe"]
+__all__ = ["Tried", "try_recipe"]
 
 
 @dataclass(frozen=True)
@@ -36,28 +36,25 @@ class Tried:
         return {"phase": self.phase, **fields, "would_send": sent, "objection": self.objection}
 
 
-def local_sites(recipe: Recipe, site: SiteId) -> list[SiteId]:
-    """Every site of which a recipe speaks, and this one."""
-    return sorted(
-        {site, *recipe.overrides, *recipe.required_sites, *recipe.schedule.names, *recipe.algorithm.names.values()}
-    )
-
-
 def try_recipe(
-    recipe: Recipe, config: SiteConfig, folder: str, sites: Sequence[SiteId] | None = None, **given: Any
+    recipe: Recipe, config: SiteConfig, folder: str, sites: Sequence[SiteId] = (), **given: Any
 ) -> list[Tried]:
     """The first round of `recipe` at the site of `config`, on its own data, from the model that the factory makes.
 
     Store, state and journal lie in `folder`, which the caller deletes; nothing is read or written elsewhere, and the site's own
-    state stays as it is. Phases behind the first begin with what this site alone has sent; a phase that would not count is the last.
+    state stays as it is. Phases behind the first begin with what this site alone has sent; a phase that would not count is the last, and
+    the first is, where the algorithm names another site.
 
-    sites: of the federation, as the workload is told; default: those of which the recipe speaks
+    sites: of the federation, as the workload is told, besides this one and those of which the recipe speaks
     given: progress, workload and model, as `site_step` takes them
     Raises what `site_step` raises.
     """
     alone = _alone(recipe)
-    build_model(recipe.model.path, recipe.model.args, seed=recipe.seed, allowed=config.allowed_imports)
-    journal = start_run(ObjectStore(f"{folder}/store"), "try", alone, sites or local_sites(recipe, config.name))
+    if recipe.model.path != NO_MODEL:
+        build_model(recipe.model.path, recipe.model.args, seed=recipe.seed, allowed=config.allowed_imports)
+    everybody = sorted({config.name, *recipe.named_sites, *sites})
+    journal = start_run(ObjectStore(f"{folder}/store"), "try", alone, everybody)
+    last = alone.phases[0] if set(recipe.algorithm.names.values()) - {config.name} else alone.phases[-1]
     here = config.model_copy(
         update={
             "store": journal.store.url,
@@ -77,7 +74,7 @@ def try_recipe(
         seen = survey(journal, plan)
         bad = non_finite({group: read_tensors(journal.store, ref) for group, ref in update.groups.items()})
         found.append(Tried(phase, update, seen.rejected.get(config.name) or (f"not finite: {bad}" if bad else None)))
-        if found[-1].objection or phase == alone.phases[-1]:
+        if found[-1].objection or phase == last:
             break
         commit_round(journal, plan, close_round(journal, plan, opening, seen, why="tried"))
     return found

@@ -41,12 +41,9 @@ def train(job: dict[str, Any]) -> None:
 
 def _named(job: dict[str, Any], *names: str) -> dict[str, str]:
     """The site's key and certificate, and that of who signed the others', as xgboost calls them here; nothing where there are none."""
-    files = job.get("tls") or {}
-    return {
-        name: files[file]
-        for name, file in zip(names, ("private_key", "certificate", "authority"), strict=True)
-        if files
-    }
+    if not (tls := job.get("tls")):
+        return {}
+    return dict(zip(names, (tls["private_key"], tls["certificate"], tls["authority"]), strict=True))
 
 
 def _end_with_the_parent() -> None:

@@ -27,7 +27,7 @@ from fedflow.local.own import OwnData
 from fedflow.recipe import TLS
 from fedflow.types import RoundContext, SiteId
 
-__all__ = ["RowData", "boosted_together"]
+__all__ = ["RowData", "boosted_together", "tls_context"]
 
 PROGRAM = Path(__file__).with_name("boosting.py")
 _LINE = 4096
@@ -59,11 +59,11 @@ class RowData(OwnData):
 
 @dataclass(frozen=True)
 class _Place:
-    """Where all meet. name: of this meeting, nobody else's; address: of who leads, None = all are on this machine"""
+    """Where all meet. name: of this meeting, nobody else's; address: of who leads, None = all are on this machine; context: None = unencrypted"""
 
     name: str
     address: tuple[str, int] | None
-    tls: TLS | None
+    context: ssl.SSLContext | None
 
     @property
     def socket(self) -> str:
@@ -72,22 +72,29 @@ class _Place:
         found = (f"{folder}/fedflow-{os.getuid()}-{self.name}" for folder in folders)
         return next(path for path in found if len(os.fsencode(path)) < 104)
 
-    def context(self, purpose: ssl.Purpose) -> ssl.SSLContext:
-        """Raises ResolveError where the certificates cannot be read."""
-        assert self.tls is not None
-        context = ssl.SSLContext(
-            ssl.PROTOCOL_TLS_SERVER if purpose is ssl.Purpose.CLIENT_AUTH else ssl.PROTOCOL_TLS_CLIENT
-        )
-        context.verify_mode = ssl.CERT_REQUIRED
-        try:
-            context.load_verify_locations(self.tls.authority)
-            context.load_cert_chain(self.tls.certificate, self.tls.private_key)
-        except OSError as error:
-            found, fix = self.tls.model_dump(), "correct the site's configuration"
-            raise ResolveError(
-                field_error("tls", found, "PEM files that belong together", f"{fix}: {error}")
-            ) from error
-        return context
+
+def tls_context(tls: TLS, *, leads: bool) -> ssl.SSLContext:
+    """For connections in which both sides show a certificate; who comes to the one that `leads` looks for its name, too.
+
+    Raises ResolveError where the files cannot be used, or everybody may read the key.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if leads else ssl.PROTOCOL_TLS_CLIENT)
+    context.verify_mode = ssl.CERT_REQUIRED
+    if leads:
+        context.num_tickets = 0  # a connection is readable when the other one has said something, or has gone
+    try:
+        if Path(tls.private_key).stat().st_mode & 0o007:
+            expected = "a file that not everybody may read"
+            raise ResolveError(field_error("tls.private_key", tls.private_key, expected, f"chmod o= {tls.private_key}"))
+        context.load_verify_locations(tls.authority)
+        context.load_cert_chain(
+            tls.certificate, tls.private_key, password=""
+        )  # which else is asked for at the terminal
+    except OSError as error:
+        expected = "PEM files that belong together, the key without a passphrase"
+        fix = f"correct the site's configuration: {error}"
+        raise ResolveError(field_error("tls", tls.model_dump(), expected, fix)) from error
+    return context
 
 
 def boosted_together(
@@ -96,12 +103,13 @@ def boosted_together(
     """The new trees, as JSON, that `me` grew with all the sites of `meeting`.
 
     rows: a DMatrix; job: what the process is told besides; tls: where they are on several machines
-    Raises SiteError where one of them does not come, goes away, or xgboost fails; ResolveError where the certificates cannot be read.
+    Raises SiteError where one of them does not come, goes away, or xgboost fails; before that ResolveError where certificates cannot be used.
     """
     tracker, sites = meeting.tracker, sorted(meeting.sites)
     leader = sites[0] if tracker is None else tracker.site
     address = None if tracker is None else (tracker.host, tracker.port)
-    place = _Place(meeting.name, address, tls if tracker else None)
+    tls = tls if tracker else None
+    place = _Place(meeting.name, address, None if tls is None else tls_context(tls, leads=me == leader))
     with tempfile.TemporaryDirectory(prefix="fedflow-") as made:
         folder = Path(made)
         rows.save_binary(str(folder / "rows"))
@@ -115,7 +123,7 @@ def boosted_together(
             "size": len(sites),
             "rank": sites.index(me),
             "patience": meeting.patience,
-            "tls": None if place.tls is None else place.tls.model_dump(),
+            "tls": None if tls is None else tls.model_dump(),
         }
         until = time.monotonic() + meeting.patience
         if me == leader:
@@ -135,11 +143,13 @@ def _lead(folder: Path, job: Mapping[str, Any], others: Sequence[SiteId], place:
         server = open_now.enter_context(_Process(folder, "serve", {**job, "port": port}))
         while not _answers(port):
             if server.ended or time.monotonic() > until:
-                raise SiteError(f"xgboost's federated server did not start: {server.why()}")
+                raise SiteError(
+                    f"found no federated server of xgboost at port {port}, expected it to start: {server.why()}; raise algorithm.patience"
+                )
             time.sleep(0.05)
         for connection in there.values():
             _say(connection, {"port": port})
-        host = place.address[0] if place.address and place.tls else "127.0.0.1"  # the certificate has its name
+        host = place.address[0] if place.address and place.context else "127.0.0.1"  # the certificate has its name
         training = open_now.enter_context(_Process(folder, "train", {**job, "server": f"{host}:{port}"}))
         while there or not training.done:
             waiting: list[Any] = [*there.values(), *([] if training.done else [training.gone])]
@@ -156,15 +166,12 @@ def _gathered(
 ) -> dict[SiteId, socket.socket]:
     """A connection to each of the others."""
     there: dict[SiteId, socket.socket] = {}
-    context = None if place.tls is None else place.context(ssl.Purpose.CLIENT_AUTH)
-    if context:
-        context.num_tickets = 0  # a connection is readable when the other one has said something, or has gone
     refused = ""
     try:
         while there.keys() != set(others):
             left = until - time.monotonic()
             ready = select.select([listener, *there.values()], [], [], max(left, 0))[0]
-            if not ready:
+            if not ready or left <= 0:  # strangers may go on coming
                 missing = ", ".join(sorted(set(others) - there.keys()))
                 expected = f"expected all of {sorted(others)} to come{refused}"
                 raise SiteError(f"found no {missing} to train together with, {expected}")
@@ -173,9 +180,9 @@ def _gathered(
             if listener in ready:
                 connection, _ = listener.accept()
                 connection.settimeout(5)
-                if context:
+                if place.context:
                     try:
-                        connection = context.wrap_socket(connection, server_side=True)
+                        connection = place.context.wrap_socket(connection, server_side=True)
                     except OSError as error:
                         refused = f"; who came last could not prove who it is: {error}"
                         connection.close()
@@ -256,9 +263,8 @@ def _connected(place: _Place) -> socket.socket:
     try:
         if place.address is None:
             connection.connect(place.socket)
-        elif place.tls is not None:
-            host = place.address[0]
-            return place.context(ssl.Purpose.SERVER_AUTH).wrap_socket(connection, server_hostname=host)
+        elif place.context is not None:
+            return place.context.wrap_socket(connection, server_hostname=place.address[0])
     except OSError:
         connection.close()
         raise

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -18,11 +19,18 @@ import numpy as np
 import pandas
 import psutil
 import pytest
+import torch
 import xgboost
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+)
 from cryptography.x509.oid import NameOID
 from sklearn.datasets import load_breast_cancer, make_classification
 from sklearn.metrics import roc_auc_score
@@ -282,8 +290,8 @@ sys.stdin.read()
 
 
 # -- sites on several machines -----------------------------------------------------------------------------------------
-def certified(folder: Path, *names: str) -> dict[str, TLS]:
-    """Name -> a certificate for localhost, all by one authority."""
+def certified(folder: Path, *names: str, host: str = "localhost") -> dict[str, TLS]:
+    """Name -> a certificate for `host`, all by one authority."""
     folder.mkdir()
     now, made = datetime.now(UTC), {}
     authority: tuple[Any, Any] | None = None
@@ -293,13 +301,14 @@ def certified(folder: Path, *names: str) -> dict[str, TLS]:
             x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]),
         )
         issuer, signer = authority or (subject, key)
-        alternative = x509.SubjectAlternativeName([x509.DNSName("localhost")])
+        alternative = x509.SubjectAlternativeName([x509.DNSName(host)])
         made_of = x509.CertificateBuilder(issuer, subject, key.public_key(), x509.random_serial_number())
         dated = made_of.not_valid_before(now - timedelta(days=1)).not_valid_after(now + timedelta(days=1))
         basic = dated.add_extension(x509.BasicConstraints(ca=authority is None, path_length=None), critical=True)
         signed = basic.add_extension(alternative, critical=False).sign(signer, hashes.SHA256())
         plain = (Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
         (folder / f"{name}.key").write_bytes(key.private_bytes(*plain))
+        (folder / f"{name}.key").chmod(0o600)
         (folder / f"{name}.pem").write_bytes(signed.public_bytes(Encoding.PEM))
         authority = authority or (subject, key)
         paths = {
@@ -344,9 +353,39 @@ def test_a_site_without_certificates_where_others_have_them_is_told_before_anyth
     updates = [Update(s, 0, 1, 1, 0.0, {"sent": {"bytes": _bytes(json.dumps(t).encode())}}) for s, t in said.items()]
     with pytest.raises(UpdateInvalid, match="tls: found 'no certificates', expected certificates, as site-1; give all"):
         algorithm.aggregate(updates, RoundContext.at(0, "run", 0, "meet", None, 2, {}))
-    files = TLS(authority="/no/a.pem", certificate="/no/b.pem", private_key="/no/b.key")
-    with pytest.raises(ResolveError, match=r"tls: found .*/no/a.pem.*, expected PEM files that belong together"):
-        meet("site-1", "secret", Tracker(**tracker), files, 1)
+
+
+def test_certificates_that_cannot_be_used_are_told_before_anybody_is_waited_for(tmp_path: Path) -> None:
+    tracker = Tracker(site="site-1", host="localhost", port=9091)
+    files, other = certified(tmp_path / "sites", *SITES).values(), TLS(**dict.fromkeys(TLS.model_fields, "/no/a.pem"))
+    _, here, there = files
+    told = "tls: found .*, expected PEM files that belong together, the key without a passphrase; correct the site's"
+    for wrong in (other, here.model_copy(update={"private_key": there.private_key})):
+        for site in SITES:
+            with pytest.raises(ResolveError, match=told):
+                meet(site, "secret", tracker, wrong, 1)
+    key = Path(here.private_key)
+    found = load_pem_private_key(key.read_bytes(), None)
+    key.write_bytes(found.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"secret")))
+    with pytest.raises(ResolveError, match=told):  # and nobody is asked at the terminal
+        meet("site-2", "secret", tracker, here, 1)
+    key.chmod(0o604)
+    with pytest.raises(ResolveError, match=r"tls.private_key: found .*, expected a file that not everybody may read"):
+        meet("site-2", "secret", tracker, here, 1)
+
+
+def test_who_waits_under_another_name_than_the_trackers_is_not_trusted(tmp_path: Path) -> None:
+    """The right authority is not enough: each of the sites could be taken for the one that all go to."""
+    files = certified(tmp_path / "sites", "site-1", "site-2", host="elsewhere.example.org")
+    with socket.create_server(("localhost", 0)) as listener, ThreadPoolExecutor() as pool:
+        leader = together.tls_context(files["site-1"], leads=True)
+        address = listener.getsockname()
+        place = together._Place("secret", ("localhost", address[1]), together.tls_context(files["site-2"], leads=False))
+        met = pool.submit(together._connected, place)
+        with pytest.raises(ssl.SSLError):
+            leader.wrap_socket(listener.accept()[0], server_side=True)
+        with pytest.raises(ssl.SSLCertVerificationError, match="Hostname mismatch"):
+            met.result()
 
 
 def test_a_meeting_on_one_machine_needs_no_short_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -406,6 +445,15 @@ def test_a_site_whose_rows_do_not_fit_is_excluded(data: Any, told: str) -> None:
     assert manifest and list(manifest.contributors) == ["site-1"]
     with pytest.raises(AssertionError, match=told):
         raise AssertionError(manifest.excluded["site-2"])
+
+
+def test_features_may_be_a_tensor_or_lists() -> None:
+    ran = recipe(algorithm={"params": BINARY}, rounds=1)
+    others = [
+        simulate(ran, {"site-1": (X, Y), "site-2": (made(X), Y)}) for made in (torch.as_tensor, np.ndarray.tolist)
+    ]
+    expected = model_of(booster_of(simulate(ran, dict.fromkeys(SITES, (X, Y)))))
+    assert [model_of(booster_of(other)) for other in others] == [expected] * 2
 
 
 def test_columns_that_differ_end_a_histogram_round_before_anything_is_trained() -> None:

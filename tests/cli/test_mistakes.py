@@ -62,6 +62,21 @@ def test_missing_workload(project: Project) -> None:
     assert "points_workload:Nope: not found here; each site must find it" in checked.out
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"quorum": 2},
+        {"schedule": {"kind": "sampled", "sites_per_round": 3}},
+        {"schedule": {"kind": "everyone", "sites": ["a", "b"]}},
+    ],
+)
+def test_a_recipe_is_checked_where_no_federation_is_known(project: Project, fields: dict[str, Any]) -> None:
+    (project.folder / "federation.yaml").unlink()
+    project.recipe(**fields)
+    checked = project.call("recipe", "check", "recipe.yaml")
+    assert (checked.code, checked.err) == (0, "")
+
+
 def test_checkpoint_that_does_not_fit(project: Project) -> None:
     torch.save({"weight": torch.zeros(3, 4), "extra": torch.zeros(1)}, project.folder / "other.pt")
     project.recipe(checkpoint=str(project.folder / "other.pt"))

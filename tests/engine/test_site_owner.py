@@ -16,7 +16,7 @@ from fedflow.engine.review import decide, verdict
 from fedflow.engine.site import SiteWork, failure_of, site_journal
 from fedflow.engine.trying import try_recipe
 from fedflow.errors import RecipeRefused, ResolveError, UserError
-from fedflow.recipe import SiteConfig
+from fedflow.recipe import Recipe, SiteConfig
 from fedflow.store.journal import Journal
 from fedflow.store.objects import ObjectStore, digest
 from fedflow.store.records import Plan
@@ -185,6 +185,17 @@ def test_whatever_else_a_recipe_asks_for_a_site_can_try_its_own_part(tmp_path: P
     tried = try_recipe(wanted, config(tmp_path), str(tmp_path / "tried"), SITES)
     assert [phase.phase for phase in tried] == list(wanted.phases)
     assert [phase.objection for phase in tried] == [None] * len(tried)
+
+
+def test_a_site_is_told_of_whom_the_recipe_names_and_waits_for_nobody(tmp_path: Path) -> None:
+    """Where others are named without whom it does not go on, the first phase is all that can be tried. No model need be allowed where none is."""
+    turns = recipe(schedule={"kind": "cyclic", "sites": ["site-9", "site-1"]})
+    assert [phase.phase for phase in try_recipe(turns, config(tmp_path), str(tmp_path / "turns"), SITES)] == ["train"]
+    boosted = {"kind": "xgboost", "mode": "histogram", "tracker": {"site": "site-2", "host": "localhost", "port": 9091}}
+    fields = {"name": "trees", "workload": "tests.builders:labelled", "rounds": 1, "algorithm": boosted}
+    here = config(tmp_path, allowed_imports=["tests.builders"])
+    (tried,) = try_recipe(Recipe.load(fields), here, str(tmp_path / "trees"))
+    assert (tried.phase, tried.objection) == ("meet", None)
 
 
 class Weightless(FedAvg):

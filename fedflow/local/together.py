@@ -152,10 +152,11 @@ def _lead(folder: Path, job: Mapping[str, Any], others: Sequence[SiteId], place:
         host = place.address[0] if place.address and place.context else "127.0.0.1"  # the certificate has its name
         training = open_now.enter_context(_Process(folder, "train", {**job, "server": f"{host}:{port}"}))
         while there or not training.done:
-            waiting: list[Any] = [*there.values(), *([] if training.done else [training.gone])]
-            ready = select.select(waiting, [], [])[0]
-            if training.gone in ready and not training.finished():
-                raise SiteError(f"training together failed: {training.why()}")
+            running = [process.gone for process in (server, training) if not process.done]
+            ready = select.select([*there.values(), *running], [], [])[0]
+            for process in (server, training):
+                if process.gone in ready and not process.finished():
+                    raise SiteError(f"training together failed: {process.why()}")
             for site in [site for site, connection in there.items() if connection in ready]:
                 if not _hear(there.pop(site)) and not training.done:
                     raise SiteError(f"{site} went away while all trained together; they are asked again")

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from prefect.client.schemas.objects import StateType
 from prefect.states import Cancelling, Crashed
 
-from benchmarks.chaos.ground import GONE, MINUTES, PLACES, Ground, Phase, Trial
+from benchmarks.chaos.ground import GONE, MINUTES, PLACES, Phase, Trial
 from fedflow.prefect.api import ACTIVE, connect
 from fedflow.prefect.deploy import training_deployment
 from fedflow.testing.faults import fail_at
@@ -29,13 +29,14 @@ __all__ = ["CASES", "Case"]
 
 @dataclass(frozen=True)
 class Case:
-    """what: what is hurt; retrains: sites that may train more than once for a round; needs: why it cannot be tried here."""
+    """what: what is hurt; retrains: sites that may train more than once for a round; needs: database ->
+    why it cannot be tried here."""
 
     name: str
     what: str
     act: Callable[[Trial], None]
     retrains: Collection[str] = ()
-    needs: Callable[[Ground], str | None] = lambda ground: None
+    needs: Callable[[str], str | None] = lambda database: None
 
 
 def pause(seconds: float) -> None:
@@ -137,8 +138,8 @@ def postgres_restarted(phase: Phase) -> Callable[[Trial], None]:
     return act
 
 
-def on_postgres(ground: Ground) -> str | None:
-    return None if ground.postgres is not None else "the server is on SQLite"
+def on_postgres(database: str) -> str | None:
+    return None if database == "postgres" else "the server is on SQLite"
 
 
 def store_slow(t: Trial) -> None:
@@ -179,7 +180,7 @@ def store_full(t: Trial) -> None:
 FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
 
 
-def needs_faketime(ground: Ground) -> str | None:
+def needs_faketime(database: str) -> str | None:
     return None if FAKETIME is not None else "no libfaketime: apt-get install faketime"
 
 

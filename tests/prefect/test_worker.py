@@ -23,11 +23,14 @@ from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.states import Cancelling, Crashed, Pending
 
 from fedflow import __version__
+from fedflow.engine.starts import read_start
 from fedflow.prefect.api import Taker
 from fedflow.prefect.deploy import deploy_federation
 from fedflow.prefect.pace import Pace
 from fedflow.prefect.sites import LAST, deployed_sites, look
 from fedflow.recipe import Federation
+from fedflow.store.objects import ObjectStore
+from fedflow.store.records import FederationRecord, utc_now
 from tests.deployed import ROOT, Worker, awaited
 from tests.servers import PrefectServer
 
@@ -204,8 +207,8 @@ def test_a_worker_that_comes_back_looks_after_a_trainer_that_outlived_it(
 def test_sites_are_shown_with_their_worker_version_and_last_rounds(
     client: SyncPrefectClient, prefect_api: PrefectServer, tmp_path: Path
 ) -> None:
-    """`fedflow sites`: one that works, and one of which nobody was ever seen."""
-    federation = Federation(sites=["shown", "never-started"])  # type: ignore[list-item]
+    """`fedflow sites`: one that works, one of which nobody was ever seen, and a region whose aggregation waits for a worker."""
+    federation = Federation(sites=["shown", "never-started"], regions=["a-region"])  # type: ignore[list-item]
     deploy_federation(client, federation)
     tags = ["fedflow", "site:shown"]
     deployment = client.read_deployment_by_name("fedflow-site/shown")
@@ -218,8 +221,15 @@ def test_sites_are_shown_with_their_worker_version_and_last_rounds(
             given = {"file": str(tmp_path / "file"), **parameters}
             run = client.create_flow_run_from_deployment(deployment.id, parameters=given, name=name, tags=tags)
             ended(client, run)
-        seen = {status.site: status for status in look(client, federation.sites)}
-    assert "shown" in [found.name for found in deployed_sites(client)]
+        region = client.read_deployment_by_name("fedflow-aggregation/a-region")
+        given = {"run": "r", "round": 0, "phase": "train", "opening": 1, "share": "a-region", "workplace": "a-region"}
+        of = ["fedflow", "workplace:a-region"]
+        client.create_flow_run_from_deployment(region.id, parameters=given, name="r · round 000 · a-region", tags=of)
+        seen = {status.site: status for status in look(client, federation.workplaces)}
+    deployed = [found.name for found in deployed_sites(client)]
+    assert {"shown", "a-region"} <= set(deployed) and len(set(deployed)) == len(deployed)
+    assert seen["a-region"].doing == ("r · round 000 · a-region (Scheduled)",)
+    assert seen["a-region"].absent == "no worker on work pool 'a-region'"
     shown, never = seen["shown"], seen["never-started"]
     assert shown.absent is None and shown.seen is not None and shown.failures == 1
     assert shown.took == Taker.here()
@@ -237,11 +247,18 @@ FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
 
 
 @pytest.mark.skipif(FAKETIME is None, reason="needs Debian's faketime")
-def test_a_site_whose_clock_is_wrong_says_so(prefect_api: PrefectServer, tmp_path: Path) -> None:
+def test_a_site_whose_clock_or_version_is_wrong_says_so(prefect_api: PrefectServer, tmp_path: Path) -> None:
+    """And another version of fedflow than the coordinator's: neither keeps it from starting, both reach the coordinator."""
+    store, said = ObjectStore(str(tmp_path / "store")), "s behind the Prefect server's"
+    record = FederationRecord(name="f", at=utc_now(), fedflow="0.0.0", sites=["early"])
+    store.put("public/_federation/f.json", record.to_bytes())
     with site("early", prefect_api, tmp_path) as worker:
         worker.lose()
         worker.start(LD_PRELOAD=str(FAKETIME), FAKETIME="-1h", FAKETIME_DONT_FAKE_MONOTONIC="1")
-        awaited(lambda: b"s behind the Prefect server's" in worker.log.read_bytes(), worker.log.read_text())
+        awaited(lambda: said in read_start(store, "early"), worker.log.read_text())
+        awaited(lambda: said.encode() in worker.log.read_bytes(), worker.log.read_text())
+    told = read_start(store, "early")
+    assert told.startswith("started ") and "expected 0.0.0, the coordinator's" in told
 
 
 def test_another_version_is_said() -> None:

@@ -164,13 +164,17 @@ def store_slow(t: Trial) -> None:
 
 
 def store_full(t: Trial) -> None:
-    """The run fails and says so; with room again it is resumed."""
-    fault = t.hold("upload", attempts=1)
+    """The run fails at its deadline and names the object; with room again it is resumed."""
+    fault = t.hold("upload", attempts=1, timeouts={"round_deadline": 90, "transfer_timeout": 20})
     t.ground.s3.fill(t.ground.bucket)
     try:
         fault.release()
         status = t.run.wait(MINUTES)
         t.expect(status in ("failed", "interrupted"), f"with a full store the run is {status}")
+        with connect(t.ground.env.api_url) as client:
+            (training,) = t.flow_runs(client, "training", states=[StateType.FAILED])
+        said = training.state.message or "" if training.state else ""
+        t.expect("cannot create" in said and "rounds/00001" in said, f"it does not say which object: {said!r}")
     finally:
         t.ground.s3.empty(t.ground.bucket)
     t.finish()

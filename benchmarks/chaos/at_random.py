@@ -36,7 +36,7 @@ def at_random(ground: Ground, algorithms: Sequence[str], *, minutes: float, seed
     while time.monotonic() < until:
         algorithm = algorithms[runs % len(algorithms)]
         trial = Trial(ground, algorithm, f"random-{runs}")
-        trial.start(rounds=ROUNDS, attempts=10, timeouts={"round_deadline": "10min"})
+        trial.start(rounds=ROUNDS, attempts=10, timeouts={"round_deadline": "10m"})
         with fists.beating(), memory.watched():
             trial.finish(resumes=1000)
         ground.heal()

@@ -196,7 +196,7 @@ def clock_wrong(offset: str) -> Callable[[Trial], None]:
         worker.stop()
         worker.start(LD_PRELOAD=str(FAKETIME), FAKETIME=offset, FAKETIME_DONT_FAKE_MONOTONIC="1")
         try:
-            t.start(quorum=2, timeouts={"round_deadline": "10min", "quorum_grace": "60s"})
+            t.start(quorum=2, timeouts={"round_deadline": "10m", "quorum_grace": "60s"})
             t.finish(resumes=0)
             t.note("; ".join(sorted({why for r in t.run.summary().rounds for why in r.excluded.values()}))[:300])
         finally:
@@ -223,7 +223,7 @@ def rejoins(t: Trial) -> None:
     worker = t.ground.sites["site-3"]
     worker.lose()
     fault = fail_at("plan", round=3, effect="hold", token=t.folder / "token")
-    t.start(fault, rounds=5, quorum=2, timeouts={"round_deadline": "10min", "quorum_grace": "5s"})
+    t.start(fault, rounds=5, quorum=2, timeouts={"round_deadline": "10m", "quorum_grace": "5s"})
     t.until_struck(fault)
     logged = worker.log.stat().st_size
     worker.start()
@@ -237,7 +237,7 @@ def rejoins(t: Trial) -> None:
 def state_lost(t: Trial) -> None:
     """All that site-2 remembers, between rounds 0 and 1. An algorithm that needs it goes on without the site."""
     fault = t.strike("plan", effect="hold")
-    t.start(fault, quorum=2, timeouts={"round_deadline": "10min", "quorum_grace": "60s"})
+    t.start(fault, quorum=2, timeouts={"round_deadline": "10m", "quorum_grace": "60s"})
     t.until_struck(fault)
     shutil.rmtree(t.ground.home / "site-2", ignore_errors=True)
     fault.release()

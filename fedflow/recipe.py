@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -16,7 +17,6 @@ from typing import Annotated, Any, ClassVar, Literal, Protocol, Self, TypeVar
 from blake3 import blake3
 from pydantic import (
     BaseModel,
-    BeforeValidator,
     ByteSize,
     Field,
     GetCoreSchemaHandler,
@@ -25,6 +25,8 @@ from pydantic import (
     TypeAdapter,
     ValidationError,
     ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
     field_validator,
     model_validator,
 )
@@ -77,18 +79,19 @@ MAX_BACKOFF = timedelta(seconds=60)
 _UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
-def _parse_duration(value: Any) -> Any:
+def _parse_duration(value: Any, as_timedelta: ValidatorFunctionWrapHandler) -> Any:
     """Seconds, an ISO 8601 duration, or "1h30m", "90s", "500ms"."""
-    if isinstance(value, bool):
-        raise ValueError('a duration is seconds, "90s", "1h30m" or ISO 8601')
     if isinstance(value, str) and (parts := re.fullmatch(r"\s*((?:\d+(?:\.\d+)?\s*(?:ms|s|m|h|d)\s*)+)", value)):
         found = re.findall(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)", parts[1])
         return timedelta(seconds=sum(float(n) * _UNITS[u] for n, u in found))
-    return value
+    if not isinstance(value, bool):
+        with contextlib.suppress(ValidationError):
+            return as_timedelta(value)
+    raise ValueError(f'found {value!r}, expected seconds, "90s", "10m", "1h30m" or ISO 8601')
 
 
-Duration = Annotated[timedelta, BeforeValidator(_parse_duration), Field(gt=timedelta(0))]
-Delay = Annotated[timedelta, BeforeValidator(_parse_duration), Field(ge=timedelta(0))]
+Duration = Annotated[timedelta, WrapValidator(_parse_duration), Field(gt=timedelta(0))]
+Delay = Annotated[timedelta, WrapValidator(_parse_duration), Field(ge=timedelta(0))]
 
 
 # -- algorithms, schedules, transforms by kind -------------------------------------------------------------------------

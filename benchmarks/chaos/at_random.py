@@ -19,18 +19,20 @@ from benchmarks.chaos.ground import GONE, Ground, Trial
 from benchmarks.tables.common import markdown, write
 from tests.deployed import Worker
 
-PAUSE = (2.0, 8.0)  # seconds between two blows
+PAUSE = (2.0, 8.0)  # seconds between two blows, where an undisturbed run of two rounds takes `UNDISTURBED`
+UNDISTURBED = 15.0  # seconds; on a slower machine the pauses are longer in proportion, or nothing would ever be done
 ROUNDS = 10  # of a run
 ABOUT = f"""runs of {ROUNDS} rounds over six sites, one after the other, FedAvg, SCAFFOLD and DiLoCo in turn. Every {PAUSE[0]:g} to {PAUSE[1]:g} seconds
-something is killed and started again, drawn at random; a training that was interrupted is resumed. The last site's worker is never
+(more, in proportion, where an undisturbed run of two rounds takes more than {UNDISTURBED:g} seconds) something is killed and started again, drawn at random; a training that was interrupted is resumed. The last site's worker is never
 stopped, nor is the coordinator's in the second half: the memory of what is always new would tell nothing."""
 GROWTH = 1.15  # of a role's memory, median of the last third to that of the first, that is still called flat
 
 
 def at_random(ground: Ground, algorithms: Sequence[str], *, minutes: float, seed: int, out: Path | None = None) -> int:
     """Print what was done and found, and write it and a plot of the memory into the folder `out`; 1 where something did not hold."""
+    slower = max(1.0, undisturbed(ground, algorithms[0]) / UNDISTURBED)
     until = time.monotonic() + 60 * minutes
-    fists, memory = Fists(ground, seed, until - 30 * minutes), Memory(ground)
+    fists, memory = Fists(ground, seed, until - 30 * minutes, slower), Memory(ground)
     problems: list[str] = []
     runs = rounds = 0
     while time.monotonic() < until:
@@ -51,8 +53,9 @@ def at_random(ground: Ground, algorithms: Sequence[str], *, minutes: float, seed
     if rounds != ROUNDS * runs:
         problems.append(f"{ROUNDS * runs - rounds} rounds did not commit")
     told = (
-        f"{runs} runs, {rounds} rounds committed of {ROUNDS * runs}, {len(leaked)} processes and temporary files left"
+        f"{runs} runs, {rounds} rounds committed of {ROUNDS * runs}, {len(leaked)} processes and temporary files left; "
     )
+    told += f"a blow every {PAUSE[0] * slower:.0f} to {PAUSE[1] * slower:.0f} s"
     told += "" if problems else "; every run has the bytes of an undisturbed one"
     text = report(fists.done, memory, told, problems)
     print(text)
@@ -62,12 +65,22 @@ def at_random(ground: Ground, algorithms: Sequence[str], *, minutes: float, seed
     return int(bool(problems))
 
 
-class Fists:
-    """Hits something every few seconds, and starts it again. The last site's worker is never stopped, nor is the coordinator's
-    after `half` (of `time.monotonic`): the memory of what is always new would tell nothing."""
+def undisturbed(ground: Ground, algorithm: str) -> float:
+    """Seconds that a run of two rounds takes, after one that warms everything up."""
+    for name in ("warm", "undisturbed"):
+        trial = Trial(ground, algorithm, name)
+        trial.start()
+        trial.finish(resumes=0)
+    assert trial.verdict.lost is not None
+    return trial.verdict.lost
 
-    def __init__(self, ground: Ground, seed: int, half: float) -> None:
-        self.ground, self._random, self._half = ground, random.Random(seed), half
+
+class Fists:
+    """Hits something every few seconds, `slower` times as many, and starts it again. The last site's worker is never stopped, nor
+    is the coordinator's after `half` (of `time.monotonic`): the memory of what is always new would tell nothing."""
+
+    def __init__(self, ground: Ground, seed: int, half: float, slower: float) -> None:
+        self.ground, self._random, self._half, self._slower = ground, random.Random(seed), half, slower
         self.done: Counter[str] = Counter()
 
     def blows(self) -> dict[str, Callable[[], object]]:
@@ -103,7 +116,7 @@ class Fists:
         return _Thread(self._beat)
 
     def _beat(self, over: threading.Event) -> None:
-        while not over.wait(self._random.uniform(*PAUSE)):
+        while not over.wait(self._slower * self._random.uniform(*PAUSE)):
             name, blow = self._random.choice(sorted(self.blows().items(), key=lambda item: item[0]))
             blow()
             self.done[name] += 1

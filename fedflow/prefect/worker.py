@@ -285,10 +285,10 @@ class SiteWorker(FlowWorker):
         return self.flows | ({"fedflow-site": self.config.flow} if self.config.flow else {})
 
     def too_large(self, child: Child) -> str | None:
-        limit = self.config.memory_limit
+        limit = self.config.limits.memory
         if limit is None or (held := resident(child.pid)) <= limit:
             return None
-        return f"killed: found {held >> 20} MiB in its processes, expected at most this site's memory_limit, {limit >> 20} MiB"
+        return f"killed: found {held >> 20} MiB in its processes, expected at most {limit >> 20} MiB, this site's limits.memory"
 
 
 def resident(group: int) -> int:

@@ -23,14 +23,18 @@ from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.states import Cancelling, Crashed, Pending
 
 from fedflow import __version__
+from fedflow.engine import close_round, next_step, open_round, start_run, survey
 from fedflow.engine.starts import read_start
+from fedflow.flows.aggregation import aggregation
+from fedflow.flows.site import local_training as training
 from fedflow.prefect.api import Taker
 from fedflow.prefect.deploy import deploy_federation
 from fedflow.prefect.pace import Pace
 from fedflow.prefect.sites import LAST, deployed_sites, look
-from fedflow.recipe import Federation
+from fedflow.recipe import DEVICES, Federation
 from fedflow.store.objects import ObjectStore
 from fedflow.store.records import FederationRecord, utc_now
+from tests.builders import recipe
 from tests.deployed import ROOT, Worker, awaited
 from tests.servers import PrefectServer
 
@@ -43,7 +47,7 @@ HERE = "tests.prefect.test_worker"
 @flow(name="fedflow-site", persist_result=False)
 def local_training(file: str, mebibytes: int = 0, hangs: bool = False) -> None:
     """A site's own flow: writes who runs it, holds memory, hangs."""
-    Path(file).write_text(f"{os.getpid()} {os.getppid()}")
+    Path(file).write_text(f"{os.getpid()} {os.getppid()} {os.environ.get(DEVICES)}")
     held = os.urandom(1 << 20) * mebibytes
     if hangs or held:
         threading.Event().wait()
@@ -117,16 +121,65 @@ def test_a_site_runs_its_own_flow_and_nothing_else(
         assert not stolen.exists() and not other.exists()
 
 
+ASKED = {"run": "there", "round": 0, "phase": "train", "opening": 1}
+AT_A_SITE = {**ASKED, "attempt": 1, "site": "guarded"}
+A_SHARE = {**ASKED, "share": "round", "workplace": "guarded"}
+DECEITFUL: list[tuple[Flow[Any, Any], dict[str, Any], str]] = [
+    (training, {**AT_A_SITE, "run": "../sites/other/there"}, "run: found '../sites/other/there', expected"),
+    (training, {**AT_A_SITE, "run": "/etc"}, "run: found '/etc', expected"),
+    (training, {**AT_A_SITE, "run": "file:///etc"}, "run: found 'file:///etc', expected"),
+    (training, {**AT_A_SITE, "run": "there\nforged"}, r"run: found 'there\nforged', expected"),
+    (training, {**AT_A_SITE, "phase": "train/../../../../.."}, "phase: found 'train/../../../../..', expected"),
+    (training, {**AT_A_SITE, "after": "blake3:../../../other"}, "after: found 'blake3:../../../other', expected"),
+    (training, {**AT_A_SITE, "site": "../other"}, "site: found '../other', expected 'guarded'"),
+    (training, {**AT_A_SITE, "round": "0/../../.."}, "round"),
+    (training, {**AT_A_SITE, "run": {"path": "there"}}, "run"),
+    (training, {**AT_A_SITE, "workload": "os:system"}, "workload"),
+    (aggregation, {**A_SHARE, "run": "../public/there"}, "run: found '../public/there', expected"),
+    (aggregation, {**A_SHARE, "workplace": "/other"}, "workplace: found '/other', expected 'guarded'"),
+    (aggregation, {**A_SHARE, "share": "region-../../other"}, "share: found 'region-../../other', expected"),
+]
+
+
+def test_a_site_does_nothing_with_parameters_that_fedflow_would_not_send(
+    client: SyncPrefectClient, prefect_api: PrefectServer, tmp_path: Path
+) -> None:
+    """Names that lead elsewhere, other types, others than there are: each run fails saying which, and no file is read for it, or written."""
+    store, log = ObjectStore(str(tmp_path / "store")), tmp_path / "site.log"
+    journal = start_run(store, "there", recipe(), ["guarded"])
+    step = next_step(journal, journal.recipe())
+    assert step is not None
+    plan, opening = open_round(journal, step)
+    close_round(journal, plan, opening, survey(journal, plan), why="for the aggregation")
+    before = every_file(tmp_path)
+    with site("guarded", prefect_api, tmp_path, flow=None, log={"path": str(log)}) as worker:
+        starts = {flow.name: deploy(client, "guarded", flow) for flow in (training, aggregation)}
+        runs = [starts[flow.name](**parameters) for flow, parameters, _ in DECEITFUL]
+        for run, (_, parameters, why) in zip(runs, DECEITFUL, strict=True):
+            seen = ended(client, run)
+            assert seen.state_type in (StateType.FAILED, StateType.CRASHED), (parameters, worker.log.read_text())
+            assert seen.state is not None and why in str(seen.state.message), (parameters, seen.state.message)
+    own = {"guarded.yaml", "guarded.log", "site.log", "store/sites/guarded/_start.json"}
+    assert every_file(tmp_path) - before <= own and not (tmp_path / "state").exists()
+    assert not [line for line in log.read_text().splitlines() if line.startswith("forged")]
+
+
+def every_file(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
 def test_a_trainer_that_holds_too_much_memory_is_killed_and_says_why(
     client: SyncPrefectClient, prefect_api: PrefectServer, tmp_path: Path
 ) -> None:
+    """And it sees no more devices than its site's owner lets it."""
     file = tmp_path / "held"
-    with site("small", prefect_api, tmp_path, memory_limit="900MiB") as worker:
+    with site("small", prefect_api, tmp_path, limits={"memory": "900MiB", "gpus": 1}) as worker:
         start = deploy(client, "small", local_training)
         assert ended(client, start(file=str(file))).state_type == StateType.COMPLETED, worker.log.read_text()
+        assert file.read_text().split()[2] == os.environ.get(DEVICES, "0").split(",")[0]
         run = ended(client, start(file=str(file), mebibytes=1000))
         assert run.state_type == StateType.CRASHED and run.state is not None, worker.log.read_text()
-        assert "expected at most this site's memory_limit, 900 MiB" in str(run.state.message)
+        assert "expected at most 900 MiB, this site's limits.memory" in str(run.state.message)
         await_end(int(file.read_text().split()[0]))
         assert ended(client, start(file=str(file))).state_type == StateType.COMPLETED  # the worker goes on
 
@@ -152,7 +205,7 @@ def test_a_trainer_is_forked_or_spawned_and_ends_when_its_flow_run_is_cancelled(
 def begun(file: Path) -> tuple[int, int]:
     """The process that runs the site's flow, once it does, and its parent."""
     awaited(lambda: file.exists() and bool(file.read_text()), "the site's flow begins")
-    trainer, server = (int(n) for n in file.read_text().split())
+    trainer, server = (int(n) for n in file.read_text().split()[:2])
     return trainer, server
 
 

@@ -292,14 +292,19 @@ class SiteWorker(FlowWorker):
 
 
 def resident(group: int) -> int:
-    """Bytes in memory of the processes of a group, shared ones counted with each; 0 where the system does not say."""
-    pages = 0
+    """Bytes in memory of a group of processes and of all that they started, whose group may be another (a script's).
+
+    Shared ones are counted with each; 0 where the system does not say.
+    """
+    parents, groups, pages = dict[int, int](), dict[int, int](), dict[int, int]()
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # it has ended
-            fields = stat.read_text().rpartition(")")[2].split()
-            if int(fields[2]) == group:
-                pages += int(fields[21])
-    return pages * os.sysconf("SC_PAGE_SIZE")
+            fields, pid = stat.read_text().rpartition(")")[2].split(), int(stat.parent.name)
+            parents[pid], groups[pid], pages[pid] = int(fields[1]), int(fields[2]), int(fields[21])
+    counted = {pid for pid in groups if groups[pid] == group}
+    while started := {pid for pid in parents if parents[pid] in counted} - counted:
+        counted |= started
+    return sum(pages[pid] for pid in counted) * os.sysconf("SC_PAGE_SIZE")
 
 
 class CoordinatorWorker(FlowWorker):

@@ -31,6 +31,7 @@ from fedflow.prefect.api import Taker
 from fedflow.prefect.deploy import deploy_federation
 from fedflow.prefect.pace import Pace
 from fedflow.prefect.sites import LAST, deployed_sites, look
+from fedflow.prefect.worker import resident
 from fedflow.recipe import DEVICES, Federation
 from fedflow.store.objects import ObjectStore
 from fedflow.store.records import FederationRecord, utc_now
@@ -184,6 +185,18 @@ def test_a_trainer_that_holds_too_much_memory_is_killed_and_says_why(
         assert ended(client, start(file=str(file))).state_type == StateType.COMPLETED  # the worker goes on
 
 
+def test_the_memory_of_what_a_trainer_started_counts_in_whatever_group() -> None:
+    """As a script's processes are in one of their own."""
+    held = "import sys; held = bytes(range(256)) * 400_000; print(flush=True); sys.stdin.read()"
+    starts = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {held!r}], start_new_session=True)"
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", starts], stdin=pipe, stdout=pipe, start_new_session=True) as trainer:
+        assert trainer.stdout is not None and trainer.stdout.readline()
+        assert resident(trainer.pid) > 256 * 400_000
+        trainer.communicate()
+    assert resident(trainer.pid) == 0
+
+
 @pytest.mark.parametrize("start_by", ["fork", "spawn"])
 def test_a_trainer_is_forked_or_spawned_and_ends_when_its_flow_run_is_cancelled(
     start_by: str, client: SyncPrefectClient, prefect_api: PrefectServer, tmp_path: Path
@@ -279,6 +292,9 @@ def test_sites_are_shown_with_their_worker_version_and_last_rounds(
         of = ["fedflow", "workplace:a-region"]
         client.create_flow_run_from_deployment(region.id, parameters=given, name="r · round 000 · a-region", tags=of)
         seen = {status.site: status for status in look(client, federation.workplaces)}
+        command = [sys.executable, "-m", "fedflow.cli", "sites", "shown", "--json"]
+        environment = {**os.environ, **prefect_api.env, "PYTHONPATH": str(ROOT)}
+        printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     deployed = [found.name for found in deployed_sites(client)]
     assert {"shown", "a-region"} <= set(deployed) and len(set(deployed)) == len(deployed)
     assert seen["a-region"].doing == ("r · round 000 · a-region (Scheduled)",)
@@ -289,9 +305,6 @@ def test_sites_are_shown_with_their_worker_version_and_last_rounds(
     assert [line.partition(":")[0] for line in shown.rounds] == ["r · round 001", "r · round 000"]
     assert shown.rounds[1] == "r · round 000: Completed" and shown.rounds[0].startswith("r · round 001: Failed: ")
     assert never.absent == "no worker on work pool 'never-started'" and never.seen is None and never.rounds == ()
-    command = [sys.executable, "-m", "fedflow.cli", "sites", "shown", "--json"]
-    environment = {**os.environ, **prefect_api.env, "PYTHONPATH": str(ROOT)}
-    printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     (row,) = json.loads(printed)
     assert (row["site"], row["worker"], row["failures"]) == ("shown", "there", f"1 of the last {LAST}")
 

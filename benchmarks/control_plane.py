@@ -272,6 +272,7 @@ def table(measured: Sequence[dict[str, Any]], options: argparse.Namespace) -> st
         row += [m["requests"], api["CPU"], api["processor"], *("{} ({})".format(*api[k]) for k in ("ms", "idle ms"))]
         rows.append([*map(str, row), ", ".join(m["excluded"])])
     silent = f" --silent {options.silent} --quorum {options.quorum}" if options.silent else ""
+    silent += f" --databases {' '.join(options.databases)}"
     about = (
         f"# Control plane\n\n`python -m benchmarks.control_plane --sites {options.sites}{silent} --rounds {options.rounds} "
         f"--out docs/tables`: rounds without training over {options.sites} sites whose workers share {options.workers} processes, "

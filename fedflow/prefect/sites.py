@@ -63,12 +63,12 @@ class SiteStatus:
             "site": self.site,
             "worker": "there" if self.absent is None else self.absent,
             "last seen": f"{self.seen:%Y-%m-%d %H:%M:%S} UTC" if self.seen else "never",
+            "runs": "; ".join(self.doing),
+            "failures": f"{self.failures} of the last {LAST}" if self.failures else "",
+            "last rounds": "; ".join(self.rounds),
+            "at its start": self.start,
             "version": f"fedflow {self.took.fedflow}, Prefect {self.took.prefect}" if self.took else "",
             "machine": self.took.host if self.took else "",
-            "at its start": self.start,
-            "runs": "; ".join(self.doing),
-            "last rounds": "; ".join(self.rounds),
-            "failures": f"{self.failures} of the last {LAST}" if self.failures else "",
         }
 
 
@@ -129,6 +129,7 @@ def publish_sites(client: SyncPrefectClient, federation: Federation, *, last: bo
     store = ObjectStore(federation.store, federation.store_options) if federation.store else None
     rows = [status.row() for status in look(client, federation.workplaces, store)]
     absent = sum(row["worker"] != "there" for row in rows)
-    regions = f" and {len(federation.regions)} regions" if federation.regions else ""
-    described = f"{federation.name}: {len(federation.sites)} sites{regions}, {absent} absent"
+    counted = {"site": len(federation.sites), "region": len(federation.regions)}
+    who = " and ".join(f"{n} {what}{'s' if n > 1 else ''}" for what, n in counted.items() if n)
+    described = f"{federation.name}: {who}, {absent} absent"
     create_table_artifact(table=rows, key=artifact_key(federation.name, "sites"), description=described)

@@ -9,6 +9,7 @@ no event stream: whoever reads it sees other sites' events too.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import logging
 import math
@@ -21,7 +22,6 @@ from base64 import b64encode
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from importlib import import_module
-from inspect import isawaitable
 from pathlib import Path
 from typing import Any, ClassVar, cast
 from uuid import UUID
@@ -173,7 +173,9 @@ class FlowWorker(private.FlowWorkerBase):
             remove(str(flow_run.id))
         await anyio.to_thread.run_sync(child.end)
         self.pace.worked()
-        if child.last is None:  # it did not say how its flow run ended
+        if child.last is not None and (refused := child.last.get("refused")):
+            await self.crashed(flow_run, refused)
+        elif child.last is None:  # it did not say how its flow run ended
             await self._ended(load(flows[name]), flow_run, code, why)
         return code or 0
 
@@ -228,7 +230,7 @@ class FlowWorker(private.FlowWorkerBase):
         state = seen.state if seen.state is not None else Crashed()
         for hook in hooks:
             called = await anyio.to_thread.run_sync(partial(cast(Callable[..., object], hook), flow, seen, state))
-            if isawaitable(called):
+            if inspect.isawaitable(called):
                 await cast(Awaitable[object], called)
 
 
@@ -326,15 +328,32 @@ def load(target: str) -> Flow[Any, Any]:
     return cast("Flow[Any, Any]", getattr(import_module(module), function))
 
 
+def refusal(flow: Flow[Any, Any], parameters: Mapping[str, Any]) -> str | None:
+    """Why these cannot be the flow's parameters, before Prefect looks at them; None where they can.
+
+    It would end the process without a word for a name too many, and load a block from the API for a reference to one.
+    """
+    try:
+        inspect.signature(flow.fn).bind(**parameters)
+    except TypeError as error:
+        return f"parameters: {error}; expected {', '.join(inspect.signature(flow.fn).parameters)}"
+    if '"$ref":' in json.dumps(dict(parameters)):
+        return "parameters: found a reference to a block, expected the values themselves"
+    return None
+
+
 def run_in_child(asked: dict[str, Any], line: Line) -> None:
     """Run the flow in this process, as Prefect's own child processes do; say how it ended."""
+    flow, given = load(asked["flow"]), asked["flow_run"]["parameters"]
+    if why := refusal(flow, given):
+        return tell(line, {"refused": why})
     os.environ["PREFECT__FLOW_RUN_ID"] = asked["flow_run"]["id"]
     with get_client(sync_client=True) as client:
         flow_run = client.read_flow_run(UUID(asked["flow_run"]["id"]))
     settings = {} if asked["csrf"] else {PREFECT_CLIENT_CSRF_SUPPORT_ENABLED: False}  # every new client would ask
     if flow_run.state_type not in STOPPED:
         with held(str(flow_run.id)), temporary_settings(settings), private.engine(suspends=True), private.all_sent():
-            tell(line, private.run(load(asked["flow"]), flow_run))
+            tell(line, {"state": str(private.run(flow, flow_run))})
 
 
 def run_at_site(asked: dict[str, Any], line: Line) -> None:
@@ -342,18 +361,21 @@ def run_at_site(asked: dict[str, Any], line: Line) -> None:
     flow_run = FlowRun.model_validate(asked["flow_run"])
     os.environ["PREFECT__FLOW_RUN_ID"] = str(flow_run.id)
     log_to_file(SiteConfig.here(), flow_run.parameters)
+    flow = load(asked["flow"])
+    if why := refusal(flow, flow_run.parameters):
+        return tell(line, {"refused": why})
     with (
         held(str(flow_run.id)),
         private.all_sent(),
         private.own_engine(private.site_client(), flow_run, csrf=asked["csrf"]),
     ):
-        tell(line, private.run(load(asked["flow"]), flow_run))
+        tell(line, {"state": str(private.run(flow, flow_run))})
 
 
-def tell(line: Line, ended: StateType) -> None:
+def tell(line: Line, how: Mapping[str, str]) -> None:
     """Say to the worker how the flow run ended; to nobody, where the worker was killed meanwhile."""
     with contextlib.suppress(ConnectionError):
-        line.send({"state": str(ended)})
+        line.send(how)
 
 
 def log_to_file(config: SiteConfig, parameters: Mapping[str, Any] | None = None) -> None:

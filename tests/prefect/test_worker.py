@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
 import yaml
@@ -23,7 +24,8 @@ from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.states import Cancelling, Crashed, Pending
 
 from fedflow import __version__
-from fedflow.engine import close_round, next_step, open_round, start_run, survey
+from fedflow.engine import close_round, next_step, open_round, site_step, start_run, survey
+from fedflow.engine.site import SiteWork
 from fedflow.engine.starts import read_start
 from fedflow.flows.aggregation import aggregation
 from fedflow.flows.site import local_training as training
@@ -32,7 +34,7 @@ from fedflow.prefect.deploy import deploy_federation
 from fedflow.prefect.pace import Pace
 from fedflow.prefect.sites import LAST, deployed_sites, look
 from fedflow.prefect.worker import resident
-from fedflow.recipe import DEVICES, Federation
+from fedflow.recipe import DEVICES, Federation, SiteConfig
 from fedflow.store.objects import ObjectStore
 from fedflow.store.records import FederationRecord, utc_now
 from tests.builders import recipe
@@ -123,8 +125,8 @@ def test_a_site_runs_its_own_flow_and_nothing_else(
 
 
 ASKED = {"run": "there", "round": 0, "phase": "train", "opening": 1}
-AT_A_SITE = {**ASKED, "attempt": 1, "site": "guarded"}
-A_SHARE = {**ASKED, "share": "round", "workplace": "guarded"}
+AT_A_SITE = {**ASKED, "attempt": 1, "site": "guarded-1"}
+A_SHARE = {**ASKED, "share": "round", "workplace": "guarded-1"}
 DECEITFUL: list[tuple[Flow[Any, Any], dict[str, Any], str]] = [
     (training, {**AT_A_SITE, "run": "../sites/other/there"}, "run: found '../sites/other/there', expected"),
     (training, {**AT_A_SITE, "run": "/etc"}, "run: found '/etc', expected"),
@@ -132,12 +134,14 @@ DECEITFUL: list[tuple[Flow[Any, Any], dict[str, Any], str]] = [
     (training, {**AT_A_SITE, "run": "there\nforged"}, r"run: found 'there\nforged', expected"),
     (training, {**AT_A_SITE, "phase": "train/../../../../.."}, "phase: found 'train/../../../../..', expected"),
     (training, {**AT_A_SITE, "after": "blake3:../../../other"}, "after: found 'blake3:../../../other', expected"),
-    (training, {**AT_A_SITE, "site": "../other"}, "site: found '../other', expected 'guarded'"),
+    (training, {**AT_A_SITE, "site": "../other"}, "site: found '../other', expected 'guarded-1'"),
     (training, {**AT_A_SITE, "round": "0/../../.."}, "round"),
     (training, {**AT_A_SITE, "run": {"path": "there"}}, "run"),
-    (training, {**AT_A_SITE, "workload": "os:system"}, "workload"),
+    (training, {**AT_A_SITE, "workload": "os:system"}, "got an unexpected keyword argument 'workload'; expected run, "),
+    (training, ASKED, "missing a required argument: 'attempt'"),
+    (training, {**AT_A_SITE, "run": {"$ref": {"block_document_id": str(UUID(int=1))}}}, "a reference to a block"),
     (aggregation, {**A_SHARE, "run": "../public/there"}, "run: found '../public/there', expected"),
-    (aggregation, {**A_SHARE, "workplace": "/other"}, "workplace: found '/other', expected 'guarded'"),
+    (aggregation, {**A_SHARE, "workplace": "/other"}, "workplace: found '/other', expected 'guarded-1'"),
     (aggregation, {**A_SHARE, "share": "region-../../other"}, "share: found 'region-../../other', expected"),
 ]
 
@@ -147,21 +151,23 @@ def test_a_site_does_nothing_with_parameters_that_fedflow_would_not_send(
 ) -> None:
     """Names that lead elsewhere, other types, others than there are: each run fails saying which, and no file is read for it, or written."""
     store, log = ObjectStore(str(tmp_path / "store")), tmp_path / "site.log"
-    journal = start_run(store, "there", recipe(), ["guarded"])
+    journal = start_run(store, "there", recipe(), ["guarded-1"])
     step = next_step(journal, journal.recipe())
     assert step is not None
     plan, opening = open_round(journal, step)
-    close_round(journal, plan, opening, survey(journal, plan), why="for the aggregation")
+    state = {"name": "guarded-1", "store": store.url, "state": str(tmp_path / "state")}
+    site_step(SiteWork("there", 0, "train"), SiteConfig.load(state))
+    close_round(journal, plan, opening, survey(journal, plan), why="every site answered")
     before = every_file(tmp_path)
-    with site("guarded", prefect_api, tmp_path, flow=None, log={"path": str(log)}) as worker:
-        starts = {flow.name: deploy(client, "guarded", flow) for flow in (training, aggregation)}
+    with site("guarded-1", prefect_api, tmp_path, flow=None, log={"path": str(log)}) as worker:
+        starts = {flow.name: deploy(client, "guarded-1", flow) for flow in (training, aggregation)}
         runs = [starts[flow.name](**parameters) for flow, parameters, _ in DECEITFUL]
         for run, (_, parameters, why) in zip(runs, DECEITFUL, strict=True):
             seen = ended(client, run)
             assert seen.state_type in (StateType.FAILED, StateType.CRASHED), (parameters, worker.log.read_text())
             assert seen.state is not None and why in str(seen.state.message), (parameters, seen.state.message)
-    own = {"guarded.yaml", "guarded.log", "site.log", "store/sites/guarded/_start.json"}
-    assert every_file(tmp_path) - before <= own and not (tmp_path / "state").exists()
+    own = {"guarded-1.yaml", "guarded-1.log", "site.log", "store/sites/guarded-1/_start.json"}
+    assert every_file(tmp_path) - before <= own
     assert not [line for line in log.read_text().splitlines() if line.startswith("forged")]
 
 

@@ -1,6 +1,6 @@
 """Rounds of many sites without training: what a site costs the coordinator and the Prefect API.
 
-    python -m benchmarks.control_plane [--sites 100] [--rounds 3] [--workers 2] [--at-once 4] [--databases sqlite postgres]
+    python -m benchmarks.control_plane [--sites 100] [--rounds 3] [--workers 2] [--at-once 4] [--databases sqlite postgres] [--out docs/tables]
     python -m benchmarks.control_plane --sites 144 --silent 2 --quorum 138 --rounds 1 --databases postgres
 
 A PocEnv whose sites' workers, one a site as deployed, share a few processes, and so the parent of which trainings are forked.
@@ -28,7 +28,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
@@ -40,6 +40,7 @@ from prefect.client.schemas.objects import FlowRun
 from torch import Tensor, nn
 
 from benchmarks.dispatch import await_commit
+from benchmarks.tables.common import markdown, write
 from fedflow.engine.forks import ForkServer, Line
 from fedflow.environments.base import Run
 from fedflow.environments.poc import QUIET, PocEnv
@@ -247,6 +248,59 @@ def figures(
     }
 
 
+def table(measured: Sequence[dict[str, Any]], options: argparse.Namespace) -> str:
+    """Markdown, with its heading: a line a database."""
+    head = [
+        "database",
+        "a round, s",
+        "coordinator's CPU, ms a site",
+        "sending, ms a site",
+        "after the closing, ms a site",
+    ]
+    head += [
+        "requests a site",
+        "API's CPU, ms a site",
+        "of a processor",
+        "an answer takes, ms (95 %)",
+        "idle, ms (95 %)",
+        "excluded",
+    ]
+    rows = []
+    for m in measured:
+        own, api = m["coordinator"], m["API"]
+        row = [m["database"], " / ".join(map(str, m["seconds"])), own["CPU"], own["sending"], own["committing"]]
+        row += [m["requests"], api["CPU"], api["processor"], *("{} ({})".format(*api[k]) for k in ("ms", "idle ms"))]
+        rows.append([*map(str, row), ", ".join(m["excluded"])])
+    silent = f" --silent {options.silent} --quorum {options.quorum}" if options.silent else ""
+    silent += f" --databases {' '.join(options.databases)}"
+    about = (
+        f"# Control plane\n\n`python -m benchmarks.control_plane --sites {options.sites}{silent} --rounds {options.rounds} "
+        f"--out docs/tables`: rounds without training over {options.sites} sites whose workers share {options.workers} processes, "
+        f"with server and database, on one machine with {os.cpu_count()} cores.\n\n"
+    )
+    return about + markdown(head, rows)
+
+
+def draw(axes: Any, measured: Sequence[dict[str, Any]]) -> None:
+    """Of a round, by database: until all flow runs were sent, until the closing, and after it."""
+    names, done = [m["database"] for m in measured], [0.0] * len(measured)
+    parts = {
+        "until all are sent": [statistics.mean(m["until all were sent"]) for m in measured],
+        "sites at work": [
+            statistics.mean(m["seconds"])
+            - statistics.mean(m["until all were sent"])
+            - statistics.mean(m["after the closing"])
+            for m in measured
+        ],
+        "after the closing": [statistics.mean(m["after the closing"]) for m in measured],
+    }
+    for part, seconds in parts.items():
+        axes.bar(names, seconds, bottom=done, width=0.4, label=part)
+        done = [a + b for a, b in zip(done, seconds, strict=True)]
+    axes.set(ylabel="seconds of a round")
+    axes.legend()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sites", type=int, default=100)
@@ -256,6 +310,7 @@ def main() -> None:
     parser.add_argument("--silent", type=int, default=0, help="sites that never answer")
     parser.add_argument("--quorum", type=int, help="default: all sites")
     parser.add_argument("--databases", nargs="+", default=["sqlite", "postgres"])
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write control-plane.md and its plot there")
     parser.add_argument("--serve", nargs="+", metavar="SITE", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
@@ -263,9 +318,19 @@ def main() -> None:
         return
     QUIET["PREFECT_LOGGING_SERVER_LEVEL"] = "INFO"  # its access log is what counts the requests
     os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
+    measured: list[dict[str, Any]] = []
     for database in options.databases:
         with tempfile.TemporaryDirectory() as home:
-            print(json.dumps(measure(database, options, Path(home))), flush=True)
+            measured.append(measure(database, options, Path(home)))
+        print(json.dumps(measured[-1]), flush=True)
+    print(text := table(measured, options))
+    if options.out:
+        write(
+            options.out,
+            "control-plane-silent" if options.silent else "control-plane",
+            text,
+            lambda axes: draw(axes, measured),
+        )
 
 
 if __name__ == "__main__":

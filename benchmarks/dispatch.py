@@ -1,6 +1,6 @@
 """Deployed rounds without training: what dispatching costs, with Prefect's stock process workers and with fedflow's.
 
-    python -m benchmarks.dispatch [--sites 1 2 4 8] [--rounds 20] [--types process fedflow-site] [--plot dispatch.png]
+    python -m benchmarks.dispatch [--sites 1 2 4 8] [--rounds 20] [--types process fedflow-site] [--out docs/tables]
 
 A PocEnv for each: a real Prefect server (on PostgreSQL with the extra `poc`), a worker a site, the coordinator's, all on this
 machine. A site takes one step on a model of four numbers. Printed, a line each:
@@ -28,6 +28,7 @@ import psutil
 import torch
 from torch import nn
 
+from benchmarks.tables.common import markdown, write
 from fedflow.environments.base import Run
 from fedflow.environments.poc import QUIET, PocEnv
 from fedflow.local import FunctionWorkload
@@ -140,20 +141,42 @@ def _seconds(journal: Journal, rounds: int) -> tuple[list[float], list[float]]:
     )
 
 
-def plot(measured: list[dict[str, Any]], path: str) -> None:
-    from matplotlib.figure import Figure
+def table(measured: Sequence[dict[str, Any]], rounds: int) -> str:
+    """Markdown, with its heading: a line a measurement."""
+    head = [
+        "sites",
+        "workers",
+        "plan to commit, s",
+        "10-90 %",
+        "commit to commit, s",
+        "CPU a site, s",
+        "coordinator, s",
+    ]
+    head += ["server, s", "requests", "times as quick"]
+    rows = []
+    for m in measured:
+        slow = next((o for o in measured if o["sites"] == m["sites"] and o["workers"] == "process"), m)
+        quick = f"{slow['seconds'] / m['seconds']:.1f}" if slow is not m else ""
+        spread, cpu = " … ".join(f"{s:.2f}" for s in m["10-90 %"]), m["CPU"]
+        row = [m["sites"], m["workers"], f"{m['seconds']:.2f}", spread, f"{m['between']:.2f}"]
+        rows.append([str(c) for c in (*row, cpu["site"], cpu["coordinator"], cpu["server"], m["requests"], quick)])
+    given = " ".join(map(str, dict.fromkeys(m["sites"] for m in measured)))
+    about = (
+        f"# Dispatch\n\n`python -m benchmarks.dispatch --sites {given} --rounds {rounds} --out docs/tables`: rounds without training "
+        "over real servers and workers, all on one machine; each figure is of a round, the seconds are medians. "
+        f"{os.cpu_count()} cores. `process` is Prefect's stock worker.\n\n"
+    )
+    return about + markdown(head, rows)
 
-    figure = Figure(figsize=(5, 3), layout="constrained")
-    axes = figure.subplots()
+
+def draw(axes: Any, measured: Sequence[dict[str, Any]]) -> None:
     for kind in dict.fromkeys(m["workers"] for m in measured):
         of = [m for m in measured if m["workers"] == kind]
         spread = [[abs(m["seconds"] - m["10-90 %"][side]) for m in of] for side in (0, 1)]
-        axes.errorbar(
-            [m["sites"] for m in of], [m["seconds"] for m in of], spread, marker="o", capsize=3, label=f"{kind} workers"
-        )
+        sites, seconds = [m["sites"] for m in of], [m["seconds"] for m in of]
+        axes.errorbar(sites, seconds, spread, marker="o", capsize=3, label=f"{kind} workers")
     axes.set(xlabel="sites", ylabel="seconds from plan to commit", yscale="log")
     axes.legend()
-    figure.savefig(path)
 
 
 def main() -> None:
@@ -161,7 +184,7 @@ def main() -> None:
     parser.add_argument("--sites", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--types", nargs="+", default=["process", "fedflow-site"])
-    parser.add_argument("--plot")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write dispatch.md and its plot there")
     options = parser.parse_args()
     QUIET["PREFECT_LOGGING_SERVER_LEVEL"] = "INFO"  # its access log is what counts the requests
     os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
@@ -171,12 +194,9 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as home:
                 measured.append(measure(kind, sites, options.rounds, Path(home)))
             print(json.dumps(measured[-1]), flush=True)
-        times = {m["workers"]: m["seconds"] for m in measured if m["sites"] == sites}
-        if len(times) == 2:
-            slow, quick = times.values()
-            print(f"{sites} sites: {slow / quick:.1f} times as quick", flush=True)
-    if options.plot:
-        plot(measured, options.plot)
+    print(text := table(measured, options.rounds))
+    if options.out:
+        write(options.out, "dispatch", text, lambda axes: draw(axes, measured))
 
 
 if __name__ == "__main__":

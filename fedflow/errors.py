@@ -12,7 +12,7 @@
     │   └── RoundAborted           a person stopped it
     ├── SiteError                  something at one site; the round decides what it means
     │   ├── UpdateInvalid          an update that does not count, with the reason
-    │   ├── RecipeRefused          a recipe that the site's owner has not approved
+    │   ├── RecipeRefused          a recipe that the site's owner has not approved, or that takes more than the site's limits
     │   ├── TrainingInvalid        training code that cannot take part as it is; a retry would not help
     │   ├── SiteStateLost          the state that the plan names is not at the site
     │   └── OpeningClosed          the round went on without this site
@@ -131,7 +131,7 @@ class UpdateInvalid(SiteError):
 
 
 class RecipeRefused(SiteError):
-    """The site's owner has not approved the recipe; a retry would not help."""
+    """The site's owner has not approved the recipe, or it takes more than the site's limits allow; a retry would not help."""
 
 
 class TrainingInvalid(SiteError):

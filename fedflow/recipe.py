@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from fnmatch import fnmatchcase
 from functools import cache
@@ -16,7 +17,6 @@ from typing import Annotated, Any, ClassVar, Literal, Protocol, Self, TypeVar
 from blake3 import blake3
 from pydantic import (
     BaseModel,
-    BeforeValidator,
     ByteSize,
     Field,
     GetCoreSchemaHandler,
@@ -25,6 +25,8 @@ from pydantic import (
     TypeAdapter,
     ValidationError,
     ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
     field_validator,
     model_validator,
 )
@@ -34,7 +36,7 @@ from fedflow import algorithms, schedules, transforms
 from fedflow.algorithm import Algorithm, Schedule, Transform
 from fedflow.algorithms.statistics import StatisticsPolicy
 from fedflow.described import Described
-from fedflow.errors import RecipeError, ResolveError, UserError, field_error
+from fedflow.errors import RecipeError, RecipeRefused, ResolveError, UserError, field_error
 from fedflow.registry import entry_point_names, load_entry_point, resolve
 from fedflow.transforms.composed import Transformed
 from fedflow.transforms.evaluated import Validated
@@ -57,6 +59,7 @@ __all__ = [
     "Review",
     "ReviewPolicy",
     "SiteConfig",
+    "SiteLimits",
     "SiteOverrides",
     "Timeouts",
     "explain",
@@ -78,18 +81,19 @@ MAX_BACKOFF = timedelta(seconds=60)
 _UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
-def _parse_duration(value: Any) -> Any:
+def _parse_duration(value: Any, as_timedelta: ValidatorFunctionWrapHandler) -> Any:
     """Seconds, an ISO 8601 duration, or "1h30m", "90s", "500ms"."""
-    if isinstance(value, bool):
-        raise ValueError('a duration is seconds, "90s", "1h30m" or ISO 8601')
     if isinstance(value, str) and (parts := re.fullmatch(r"\s*((?:\d+(?:\.\d+)?\s*(?:ms|s|m|h|d)\s*)+)", value)):
         found = re.findall(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)", parts[1])
         return timedelta(seconds=sum(float(n) * _UNITS[u] for n, u in found))
-    return value
+    if not isinstance(value, bool):
+        with contextlib.suppress(ValidationError):
+            return as_timedelta(value)
+    raise ValueError(f'found {value!r}, expected seconds, "90s", "10m", "1h30m" or ISO 8601')
 
 
-Duration = Annotated[timedelta, BeforeValidator(_parse_duration), Field(gt=timedelta(0))]
-Delay = Annotated[timedelta, BeforeValidator(_parse_duration), Field(ge=timedelta(0))]
+Duration = Annotated[timedelta, WrapValidator(_parse_duration), Field(gt=timedelta(0))]
+Delay = Annotated[timedelta, WrapValidator(_parse_duration), Field(ge=timedelta(0))]
 
 
 # -- algorithms, schedules, transforms by kind -------------------------------------------------------------------------
@@ -731,14 +735,13 @@ class ReviewPolicy(Described):
 
     def objection(self, recipe: Recipe) -> str | None:
         """What of `recipe` does not fit; None if all does."""
-        kind = recipe.model_dump(mode="json")["algorithm"]["kind"]
         for field, found, patterns in (
-            ("algorithm", kind, self.algorithms),
+            ("algorithm", _kind(recipe), self.algorithms),
             ("model", recipe.model.path, self.models),
             ("workload", recipe.workload.path, self.workloads),
         ):
-            if not any(fnmatchcase(found, pattern) for pattern in patterns):
-                return f"{field}: found {found!r}, expected one of {patterns}"
+            if why := _foreign(field, found, patterns):
+                return why
         if self.rounds is not None and recipe.rounds > self.rounds:
             return f"rounds: found {recipe.rounds}, expected at most {self.rounds}"
         return None
@@ -756,6 +759,40 @@ class Review(Described):
     @classmethod
     def _absolute(cls, path: str) -> str:
         return _in_a_folder(path)
+
+
+def _kind(recipe: Recipe) -> str:
+    """Of its algorithm, as a recipe's file names it."""
+    return _algorithms.name_of(recipe.algorithm)
+
+
+def _foreign(field: str, found: str, patterns: Sequence[str]) -> str | None:
+    """What is wrong with `found` where it fits none of `patterns`."""
+    if any(fnmatchcase(found, pattern) for pattern in patterns):
+        return None
+    return f"{field}: found {found!r}, expected one of {patterns}"
+
+
+class SiteLimits(Described):
+    """How much a round may take at a site. Of one that takes more nothing is sent, and the coordinator is told why."""
+
+    steps: Annotated[int, Field(ge=1, strict=True)] | None = None
+    """Optimizer steps of a training."""
+    time: Duration | None = None
+    """How long a training, or an aggregation, goes on before it is killed ("2h"), where the recipe's train_timeout is longer."""
+    memory: Annotated[ByteSize, Field(ge=1 << 20)] | None = None
+    """Memory that a trainer may hold, with all that it starts ("8GiB"); one with more is killed. Linux only."""
+    gpus: Annotated[int, Field(ge=0, strict=True)] | None = None
+    """CUDA devices that trainers see: the first so many of CUDA_VISIBLE_DEVICES, else of the machine's. With 0, a recipe that asks for
+    `cuda` is refused."""
+
+    def check_steps(self, steps: int) -> None:
+        """Raises RecipeRefused where a training takes, or will take, more of them."""
+        if self.steps is not None and steps > self.steps:
+            raise RecipeRefused(
+                f"steps: found {steps}, expected at most {self.steps}, this site's limits.steps; lower training.steps or "
+                "training.epochs, or ask the site's owner"
+            )
 
 
 def _in_a_folder(path: str) -> str:
@@ -815,8 +852,10 @@ class SiteConfig(Described):
     start: Literal["fork", "spawn"] = "fork"
     """How a trainer starts: forked from a process that has imported everything, or, where a workload cannot be forked, as
     a fresh one, which takes seconds."""
-    memory_limit: Annotated[ByteSize, Field(ge=1 << 20)] | None = None
-    """Memory that a trainer may hold, with all that it starts ("8GiB"); one with more is killed. Linux only."""
+    algorithms: Annotated[list[str], Field(min_length=1)] | None = None
+    """Patterns of algorithms' kinds ("fedavg", "hospital.*") that this site takes part in. Default: any."""
+    limits: SiteLimits = SiteLimits()
+    """How much a round may take here. Default: as much as its recipe says."""
     log: SiteLog | None = None
     """A file that this site's log goes to, besides standard error and the UI."""
     flow: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] | None = None
@@ -866,17 +905,29 @@ class SiteConfig(Described):
 
     @classmethod
     def here(cls) -> SiteConfig:
-        """The configuration of the site that this process works for, its python_path being importable from now on."""
+        """The configuration of the site that this process works for, in force from now on."""
         path = os.environ.get(cls.environment_variable)
         if not path:
             fix = "start the worker with `fedflow site start --config FILE`"
             raise RecipeError(field_error(cls.environment_variable, None, "the path of the site's configuration", fix))
-        return cls.load(path).importable()
+        return cls.load(path).in_force()
 
-    def importable(self) -> Self:
-        """This configuration, its python_path being importable from now on."""
+    def in_force(self) -> Self:
+        """This configuration; from now on this process imports from its python_path, and sees no more devices than its limits allow."""
         sys.path[:0] = [p for p in self.python_path if p not in sys.path]
+        if (most := self.limits.gpus) is not None:
+            there = os.environ.get(DEVICES)
+            devices = there.split(",") if there is not None else map(str, range(most))
+            os.environ[DEVICES] = ",".join([*devices][:most])
         return self
+
+    def objection(self, recipe: Recipe) -> str | None:
+        """What of `recipe` this site does not do, whoever approves of it; None if it does all."""
+        if self.algorithms and (why := _foreign("algorithm", _kind(recipe), self.algorithms)):
+            return why
+        if self.limits.gpus == 0 and recipe.numerics.device == "cuda":
+            return "numerics.device: found 'cuda', expected 'cpu', this site's limits.gpus being 0"
+        return None
 
     @property
     def context(self) -> dict[str, Any]:
@@ -886,6 +937,10 @@ class SiteConfig(Described):
     @property
     def work_pool(self) -> str:
         return self.pool or self.name
+
+
+DEVICES = "CUDA_VISIBLE_DEVICES"
+"""What CUDA reads once, when it is first used in a process: the devices that there are for it."""
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------

@@ -50,9 +50,11 @@ class Blobs(TensorWorkload):
         number = int(site.rpartition("-")[2])
         super().__init__(*blobs(4 + 8 * number, seed=number))
         self.site, self.log = site, log
+        self._generator: torch.Generator | None = None  # of the newest training, whose epochs have one
 
     def batches(self, batch_size: int, generator: torch.Generator) -> Iterable[tuple[Tensor, Tensor]]:
-        if self.log is not None:
+        begins, self._generator = generator is not self._generator, generator
+        if self.log is not None and begins:
             with Path(self.log).open("a") as file:
                 file.write(f"{self.site}\n")
         return super().batches(batch_size, generator)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -46,11 +47,18 @@ def renamed(text: str, sites: Sequence[str]) -> str:
 
 
 class ComposeStore(Server):
-    """SeaweedFS with the arguments of compose.yaml and the identities of s3.example.json, on free ports."""
+    """SeaweedFS with the arguments of compose.yaml and the identities of s3.example.json, on free ports.
 
-    def __init__(self, directory: Path, sites: Sequence[str] = SITES) -> None:
-        identities = renamed((FILES / "s3.example.json").read_text(), sites)
-        (directory / "s3.json").write_text(identities.replace("REPLACE", SECRET))
+    rights: site -> what its key may besides
+    """
+
+    def __init__(
+        self, directory: Path, sites: Sequence[str] = SITES, rights: Mapping[str, Sequence[str]] | None = None
+    ) -> None:
+        identities = json.loads(renamed((FILES / "s3.example.json").read_text(), sites).replace("REPLACE", SECRET))
+        for identity in identities["identities"]:
+            identity["actions"] += (rights or {}).get(identity["name"], ())
+        (directory / "s3.json").write_text(json.dumps(identities))
         self.port = free_port()
         changed = {
             "dir": directory / "data",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import subprocess
@@ -11,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.chaos.__main__ import read
+from benchmarks.chaos.__main__ import main, read
 from benchmarks.chaos.cases import CASES
+from benchmarks.chaos.ground import Verdict
+from benchmarks.chaos.results import Results, table
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "faults.md").read_text()
@@ -31,14 +32,33 @@ def test_a_case_that_there_is_not_is_a_mistake(capsys: pytest.CaptureFixture[str
     assert "--case: found ['wroker'], expected names or patterns of those that --list has" in capsys.readouterr().err
 
 
+def test_what_holds_already_is_told_and_not_tried_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The newest trial of each algorithm counts; those with the server on another database do not."""
+    file, out = tmp_path / "results.jsonl", tmp_path / "out"
+    file.write_text("{")  # cut off
+    for database, why in (("postgres", ["it broke"]), ("postgres", []), ("sqlite", ["it broke there"])):
+        for algorithm, lost in (("fedavg", 1.0), ("scaffold", 2.0), ("diloco", None)):
+            verdict = Verdict(why=why, retrained={"site-2": 1}, lost=lost, same=True, notes=[algorithm])
+            Results(file, database).keep("worker", algorithm, verdict)
+    options = ["--case", "worker", "--continue", "--results", str(file), "--out", str(out)]
+    assert main(options) == 0
+    row = "| worker | kill -9 of a worker; its trainer goes on | yes | site-2 | 1.0 | 2.0 | – | yes | fedavg; scaffold; diloco |"
+    assert row in capsys.readouterr().out and row in (out / "chaos.md").read_text() and (out / "chaos.svg").exists()
+    sqlite = Results(file, "sqlite").found()
+    assert "**no**" in table(sqlite, ["worker"], ["fedavg"]) and "it broke there" in table(
+        sqlite, ["worker"], ["fedavg"]
+    )
+
+
 @pytest.mark.faults
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("case", ["trainer-in-upload", "machine-lost"])
 def test_a_case_holds_and_says_who_trained_again(case: str, tmp_path: Path) -> None:
-    out = tmp_path / "results.json"
-    command = [sys.executable, "-m", "benchmarks.chaos", "--case", case, "--algorithm", "scaffold", "--json", str(out)]
+    out = tmp_path / "results.jsonl"
+    command = [sys.executable, "-m", "benchmarks.chaos", "--algorithm", "scaffold"]
+    command += ["--case", case, "--results", str(out)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    found = {result["case"]: result for result in json.loads(out.read_text())}
+    found = {case: verdict for (case, _), verdict in Results(out, "postgres").found().items()}
     assert found.keys() == {"undisturbed", case} <= CASES.keys()
-    assert found[case]["same"] is True and found[case]["retrained"] == {"site-2": 1}
+    assert found[case].same is True and found[case].retrained == {"site-2": 1}

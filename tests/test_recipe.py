@@ -218,7 +218,7 @@ def test_a_sites_overrides_are_merged_over_the_recipe() -> None:
         ),
         ({"attempts": 0}, ["attempts: found 0"]),
         ({"numerics": {"device": "tpu"}}, ["numerics.device: found 'tpu'", "'cpu'"]),
-        ({"timeouts": {"round_deadline": "soon"}}, ["timeouts.round_deadline: found 'soon'"]),
+        ({"timeouts": {"round_deadline": "10min"}}, ["timeouts.round_deadline: found '10min'", '"10m"']),
         ({"timeouts": {"round_deadline": 0}}, ["timeouts.round_deadline: found 0", "greater than 0"]),
         ({"timeouts": {"round_deadline": True}}, ["timeouts.round_deadline", "90s"]),
         ({"timeouts": {"train": "1m"}}, ["timeouts.train: unknown field"]),

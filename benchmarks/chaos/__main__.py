@@ -1,32 +1,36 @@
 """What a run survives: each fault of a list, on a Prefect server with PostgreSQL, an S3 store and fedflow's own workers.
 
-    python -m benchmarks.chaos [--case PATTERN...] [--algorithm NAME...] [--database sqlite] [--json FILE]
-    python -m benchmarks.chaos --minutes N [--seed N]     # something is killed every few seconds, for so long
+    python -m benchmarks.chaos [--case PATTERN...] [--algorithm NAME...] [--database sqlite] [--continue] [--out DIR]
+    python -m benchmarks.chaos --minutes N [--seed N] [--out DIR]     # something is killed every few seconds, for so long
     python -m benchmarks.chaos --list
 
 A case holds where its run ends as it should, the model and the state have the bytes of a reference run with the same
 contributors in every round, only the sites that the case names trained more than once, and ten seconds later no process and
-no flow run of it is left. Exit code 1 where a case does not hold. Servers listen on free ports of 127.0.0.1; the
-clock cases need Debian's package `faketime`, and are left out, and named, without it.
+no flow run of it is left. Exit code 1 where a case does not hold. Each algorithm has servers and workers of its own, on free
+ports of 127.0.0.1, which its cases share; `--at-once` algorithms are tried side by side, since a case mostly waits. Each
+trial that has ended is a line of `--results`, and the logs of one that does not hold are beside it: `--continue` tries only what does
+not hold there. The clock cases need Debian's package `faketime`, and are left out, and named, without it.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import signal
+import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from pathlib import Path
-
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks.chaos.at_random import at_random
 from benchmarks.chaos.cases import CASES, Case
 from benchmarks.chaos.ground import ALGORITHMS, Ground, Trial, Verdict
+from benchmarks.chaos.results import Found, Results, draw, table
+from benchmarks.tables.common import ROOT, write
 
 
 def read(args: Sequence[str] | None = None) -> argparse.Namespace:
@@ -36,9 +40,13 @@ def read(args: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--case", nargs="+", default=["*"], metavar="PATTERN", help="only these, as `cancel-*`")
     parser.add_argument("--algorithm", nargs="+", default=list(ALGORITHMS), choices=list(ALGORITHMS))
     parser.add_argument("--database", choices=("postgres", "sqlite"), default="postgres", help="of the Prefect server")
+    parser.add_argument("--at-once", type=int, default=len(ALGORITHMS), metavar="N", help="algorithms side by side")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/chaos.jsonl", metavar="FILE")
+    parser.add_argument("--continue", action="store_true", dest="goes_on", help="only what does not hold in --results")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write chaos.md or soak.md, and its plot, there")
     parser.add_argument("--minutes", type=float, help="kill at random for so long, in place of the cases")
     parser.add_argument("--seed", type=int, default=1, help="of what is killed when")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
+    parser.add_argument("--lane", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(args)
     unknown = [pattern for pattern in options.case if not any(fnmatch(name, pattern) for name in CASES)]
     if unknown:
@@ -47,42 +55,104 @@ def read(args: Sequence[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def main() -> int:
-    options = read()
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background: Prefect's workers stop by it
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+def main(args: Sequence[str] | None = None) -> int:
+    options, began = read(args), time.time()
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # in a shell's background SIGINT is ignored; Prefect's workers stop by it
+        signal.signal(number, signal.default_int_handler)
     if options.list:
         print("\n".join(f"{case.name:32}{case.what}" for case in CASES.values()))
         return 0
-    with Ground(options.database) as ground:
-        if options.minutes is not None:
-            return at_random(ground, options.algorithm, minutes=options.minutes, seed=options.seed)
-        results = run_cases(ground, options.cases, options.algorithm)
-    Console(width=None if sys.stdout.isatty() else 200).print(table(results))
-    if options.json:
-        options.json.write_text(json.dumps([{"case": c, "algorithm": a, **asdict(v)} for c, a, v in results], indent=1))
-    return 0 if all(verdict.holds for *_, verdict in results) else 1
+    if options.minutes is not None:
+        with Ground(options.database, sites=6) as ground:
+            return at_random(ground, options.algorithm, minutes=options.minutes, seed=options.seed, out=options.out)
+    results = Results(options.results, options.database, since=0.0 if options.goes_on else began)
+    if options.lane:
+        _ends_with_stdin()
+        run_cases(options.algorithm[0], options.cases, results)
+        return 0
+    for case in options.cases:
+        if missing := case.needs(options.database):
+            print(f"{case.name}: left out, {missing}", file=sys.stderr)
+    options.cases = [case for case in options.cases if not case.needs(options.database)]
+    left = {a: [c for c in options.cases if not _holds(results.found(), c, a)] for a in options.algorithm}
+    side_by_side({algorithm: cases for algorithm, cases in left.items() if cases}, options)
+    return report(results.found(), options)
 
 
-Result = tuple[str, str, Verdict]
+def report(found: Found, options: argparse.Namespace) -> int:
+    """The table, and 1 where a case does not hold."""
+    names = [case.name for case in options.cases if any((case.name, a) in found for a in options.algorithm)]
+    print(text := table(found, names, options.algorithm))
+    if options.out:
+        write(options.out, "chaos", PAGE.format(text), lambda axes: draw(axes, found, names, options.algorithm))
+    return 0 if all(_holds(found, case, a) for case in options.cases for a in options.algorithm) else 1
 
 
-def run_cases(ground: Ground, cases: Sequence[Case], algorithms: Sequence[str]) -> list[Result]:
-    """One after the other; the first of each algorithm is undisturbed, to compare seconds with."""
-    results = []
-    trial(ground, CASES["undisturbed"], algorithms[0], "warm-")
-    for algorithm in algorithms:
-        for case in [CASES["undisturbed"], *(c for c in cases if c.name != "undisturbed")]:
-            if missing := case.needs(ground):
-                print(f"{case.name}: left out, {missing}", file=sys.stderr)
-                continue
+PAGE = """# The fault matrix
+
+`python -m benchmarks.chaos --out docs/tables`: two rounds over three sites, on a Prefect server with PostgreSQL, SeaweedFS as S3 and
+fedflow's workers, on one machine, the algorithms side by side. Seconds lost: more than an undisturbed run took there. Same bytes: model and
+state are those of `simulate()` with the same contributors.
+
+{}"""
+
+
+def _holds(found: Found, case: Case, algorithm: str) -> bool:
+    verdict = found.get((case.name, algorithm))
+    return verdict is not None and verdict.holds
+
+
+# -- algorithms side by side -------------------------------------------------------------------------------------------
+def side_by_side(left: Mapping[str, Sequence[Case]], options: argparse.Namespace) -> None:
+    """Try what is left, each algorithm in a process of its own."""
+    lanes: list[subprocess.Popen[bytes]] = []
+
+    def lane(algorithm: str) -> None:
+        command = [sys.executable, "-m", "benchmarks.chaos", "--lane", "--algorithm", algorithm]
+        command += ["--database", options.database, "--results", str(options.results.resolve())]
+        command += ["--case", *(case.name for case in left[algorithm])]
+        lanes.append(subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, start_new_session=True))
+        lanes[-1].wait()
+
+    with ThreadPoolExecutor(max(1, options.at_once)) as pool:
+        try:
+            for done in [pool.submit(lane, algorithm) for algorithm in left]:
+                done.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in lanes:
+                process.stdin.close()  # type: ignore[union-attr]
+
+
+def _ends_with_stdin() -> None:
+    """However whoever started this process ends, it stops its servers and workers, and ends too."""
+
+    def watch() -> None:
+        sys.stdin.read()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def run_cases(algorithm: str, cases: Sequence[Case], results: Results) -> None:
+    """One after the other; first an undisturbed run, to compare seconds with."""
+    first = CASES["undisturbed"]
+    with Ground(results.database) as ground:
+        trial(ground, first, algorithm, "warm-")
+        for done, case in enumerate([first, *(c for c in cases if c is not first)]):
+            began = time.monotonic()
             verdict = trial(ground, case, algorithm)
-            if case.name == "undisturbed" and verdict.lost is not None:
+            if case is first and verdict.lost is not None:
                 ground.seconds[algorithm], verdict.lost = verdict.lost, 0.0
-            results.append((case.name, algorithm, verdict))
-            how = "holds" if verdict.holds else "; ".join(verdict.why)
-            print(f"{case.name}, {algorithm}: {how} {verdict.notes or ''}", file=sys.stderr, flush=True)
-    return results
+            if not verdict.holds:
+                ground.keep_logs(results.logs(case.name, algorithm))
+            results.keep(case.name, algorithm, verdict)
+            how = "holds" if verdict.holds else f"DOES NOT HOLD: {'; '.join(verdict.why)}"
+            took = f"[{algorithm} {done}/{len(cases)}, {time.monotonic() - began:.0f} s]"
+            print(took, f"{case.name}: {how}", verdict.notes or "", file=sys.stderr, flush=True)
 
 
 def trial(ground: Ground, case: Case, algorithm: str, prefix: str = "") -> Verdict:
@@ -100,23 +170,13 @@ def trial(ground: Ground, case: Case, algorithm: str, prefix: str = "") -> Verdi
     return verdict
 
 
-def table(results: Sequence[Result]) -> Table:
-    found = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("case", "algorithm", "survived", "retrained", "seconds lost", "same bytes", "notes"):
-        found.add_column(name, overflow="fold", justify="right" if name == "seconds lost" else "left")
-    for case, algorithm, verdict in results:
-        again = ", ".join(f"{site} ×{n}" if n > 1 else site for site, n in sorted(verdict.retrained.items()))
-        found.add_row(
-            case,
-            algorithm,
-            "[green]yes[/]" if verdict.holds else "[bold red]no[/]",
-            again,
-            "" if verdict.lost is None else f"{verdict.lost:.1f}",
-            {True: "yes", False: "[bold red]no[/]", None: "–"}[verdict.same],
-            "; ".join([*verdict.why, *verdict.notes]),
-        )
-    return found
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # in a shell's background SIGINT is ignored; Prefect's workers stop by it
+        signal.signal(number, signal.default_int_handler)
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from prefect.client.schemas.objects import StateType
 from prefect.states import Cancelling, Crashed
 
-from benchmarks.chaos.ground import GONE, MINUTES, PLACES, Ground, Phase, Trial
+from benchmarks.chaos.ground import GONE, MINUTES, PLACES, Phase, Trial
 from fedflow.prefect.api import ACTIVE, connect
 from fedflow.prefect.deploy import training_deployment
 from fedflow.testing.faults import fail_at
@@ -29,13 +29,14 @@ __all__ = ["CASES", "Case"]
 
 @dataclass(frozen=True)
 class Case:
-    """what: what is hurt; retrains: sites that may train more than once for a round; needs: why it cannot be tried here."""
+    """what: what is hurt; retrains: sites that may train more than once for a round; needs: database ->
+    why it cannot be tried here."""
 
     name: str
     what: str
     act: Callable[[Trial], None]
     retrains: Collection[str] = ()
-    needs: Callable[[Ground], str | None] = lambda ground: None
+    needs: Callable[[str], str | None] = lambda database: None
 
 
 def pause(seconds: float) -> None:
@@ -137,8 +138,8 @@ def postgres_restarted(phase: Phase) -> Callable[[Trial], None]:
     return act
 
 
-def on_postgres(ground: Ground) -> str | None:
-    return None if ground.postgres is not None else "the server is on SQLite"
+def on_postgres(database: str) -> str | None:
+    return None if database == "postgres" else "the server is on SQLite"
 
 
 def store_slow(t: Trial) -> None:
@@ -163,13 +164,17 @@ def store_slow(t: Trial) -> None:
 
 
 def store_full(t: Trial) -> None:
-    """The run fails and says so; with room again it is resumed."""
-    fault = t.hold("upload", attempts=1)
+    """The run fails at its deadline and names the object; with room again it is resumed."""
+    fault = t.hold("upload", attempts=1, timeouts={"round_deadline": 90, "transfer_timeout": 20})
     t.ground.s3.fill(t.ground.bucket)
     try:
         fault.release()
         status = t.run.wait(MINUTES)
         t.expect(status in ("failed", "interrupted"), f"with a full store the run is {status}")
+        with connect(t.ground.env.api_url) as client:
+            (training,) = t.flow_runs(client, "training", states=[StateType.FAILED])
+        said = training.state.message or "" if training.state else ""
+        t.expect("cannot create" in said and "rounds/00001" in said, f"it does not say which object: {said!r}")
     finally:
         t.ground.s3.empty(t.ground.bucket)
     t.finish()
@@ -179,7 +184,7 @@ def store_full(t: Trial) -> None:
 FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
 
 
-def needs_faketime(ground: Ground) -> str | None:
+def needs_faketime(database: str) -> str | None:
     return None if FAKETIME is not None else "no libfaketime: apt-get install faketime"
 
 
@@ -191,7 +196,7 @@ def clock_wrong(offset: str) -> Callable[[Trial], None]:
         worker.stop()
         worker.start(LD_PRELOAD=str(FAKETIME), FAKETIME=offset, FAKETIME_DONT_FAKE_MONOTONIC="1")
         try:
-            t.start(quorum=2, timeouts={"round_deadline": "10min", "quorum_grace": "60s"})
+            t.start(quorum=2, timeouts={"round_deadline": "10m", "quorum_grace": "60s"})
             t.finish(resumes=0)
             t.note("; ".join(sorted({why for r in t.run.summary().rounds for why in r.excluded.values()}))[:300])
         finally:
@@ -218,7 +223,7 @@ def rejoins(t: Trial) -> None:
     worker = t.ground.sites["site-3"]
     worker.lose()
     fault = fail_at("plan", round=3, effect="hold", token=t.folder / "token")
-    t.start(fault, rounds=5, quorum=2, timeouts={"round_deadline": "10min", "quorum_grace": "5s"})
+    t.start(fault, rounds=5, quorum=2, timeouts={"round_deadline": "10m", "quorum_grace": "5s"})
     t.until_struck(fault)
     logged = worker.log.stat().st_size
     worker.start()
@@ -232,7 +237,7 @@ def rejoins(t: Trial) -> None:
 def state_lost(t: Trial) -> None:
     """All that site-2 remembers, between rounds 0 and 1. An algorithm that needs it goes on without the site."""
     fault = t.strike("plan", effect="hold")
-    t.start(fault, quorum=2, timeouts={"round_deadline": "10min", "quorum_grace": "60s"})
+    t.start(fault, quorum=2, timeouts={"round_deadline": "10m", "quorum_grace": "60s"})
     t.until_struck(fault)
     shutil.rmtree(t.ground.home / "site-2", ignore_errors=True)
     fault.release()

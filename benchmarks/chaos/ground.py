@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 import threading
 import time
@@ -101,6 +102,15 @@ class Ground:
         for worker in self.deployed.workers:
             if not worker.running:
                 worker.start()
+
+    def keep_logs(self, folder: Path) -> None:
+        """A copy of what servers and workers have said so far."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for worker in self.deployed.workers:
+            shutil.copy(worker.log, folder)
+        for name, server in (("prefect", self.prefect), ("s3", self.s3), ("postgres", self.postgres)):
+            if server is not None:
+                shutil.copy(server.log, folder / f"{name}.log")
 
     def begin_anew(self) -> None:
         """After a trial of which nobody knows where it stands: nothing of it is left to disturb the next."""
@@ -261,7 +271,8 @@ class Trial:
         return sorted({s for s, note in notes if note.startswith("fresh") and note != first})
 
     def _compare_bytes(self, rounds: list[list[str]]) -> None:
-        expected = builders.run(builders.recipe(**self.fields), order=lambda round, _: rounds[round])
+        sites = self.ground.env.federation.names
+        expected = builders.run(builders.recipe(**self.fields), sites=sites, order=lambda round, _: rounds[round])
         self.verdict.same = builders.bits(self.journal) == builders.bits(expected)
         self.expect(self.verdict.same, "other bytes than the reference run's")
 

@@ -20,7 +20,7 @@ def sites(
     """Show who is there, and how each site is.
 
     On the Prefect server that PREFECT_API_URL names: its worker, its version, what it runs, how its last rounds ended. Without
-    --federation all sites that are deployed there; with it also what was wrong at their last start, from its store.
+    --federation all sites and regional aggregators that are deployed there; with it also what was wrong at their last start, from its store.
     """
     from prefect.settings import get_current_settings
 
@@ -35,7 +35,7 @@ def sites(
         raise UserError(field_error("PREFECT_API_URL", None, "the Prefect API that the sites' workers use", fix))
     with connect() as client:
         spec = None if federation is None else Federation.load(federation)
-        found = deployed_sites(client) if spec is None else spec.sites
+        found = deployed_sites(client) if spec is None else spec.workplaces
         store = ObjectStore(spec.store, spec.store_options) if spec and spec.store else None
         known = [site.name for site in found]
         if unknown := sorted(set(names or []) - set(known)):

@@ -69,7 +69,7 @@ def try_(
     from fedflow.engine.trying import try_recipe
     from fedflow.recipe import Recipe, SiteConfig
 
-    site = SiteConfig.load(config).importable()
+    site = SiteConfig.load(config).in_force()
     spec = Recipe.load(recipe, site.context)
     with tempfile.TemporaryDirectory(prefix="fedflow-try-") as folder:
         tried = try_recipe(spec, site, folder, sites or [])
@@ -104,7 +104,7 @@ def review(
     from fedflow.engine.review import decide, verdict
     from fedflow.recipe import SiteConfig
 
-    site = SiteConfig.load(config).importable()
+    site = SiteConfig.load(config).in_force()
     if what is None:
         return _list_runs(site)
     recipe = _recipe_of(what, site)
@@ -117,7 +117,7 @@ def review(
         decide(recipe, site.review, approve)
     else:
         typer.echo(yaml.safe_dump(recipe.model_dump(mode="json", exclude_defaults=True), sort_keys=False), nl=False)
-    typer.echo(f"recipe {recipe.digest()}: {verdict(recipe, site.review)}")
+    typer.echo(f"recipe {recipe.digest()}: {verdict(recipe, site)}")
 
 
 def _recipe_of(what: str, site: SiteConfig) -> Recipe:
@@ -151,7 +151,7 @@ def _list_runs(site: SiteConfig) -> None:
             table.add_row(run, "", "", "", "", one_line(f"refused: {error}"))
             continue
         named = (digest(recipe.digest()), recipe.algorithm.kind, recipe.model.path, recipe.workload.path)
-        table.add_row(run, *named, verdict(recipe, site.review))
+        table.add_row(run, *named, verdict(recipe, site))
     output().print(table)
 
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedflow.engine.aggregation import reduce_elsewhere
-from fedflow.engine.review import check_approved
+from fedflow.engine.review import check_allowed
 from fedflow.engine.shares import shares
-from fedflow.engine.site import PhaseWork, check_pinned, killed_after, site_journal
+from fedflow.engine.site import PhaseWork, check_pinned, killed_after, site_journal, time_allowed
 from fedflow.errors import SiteError
 from fedflow.memory import keep_freed
 from fedflow.recipe import SiteConfig
@@ -40,7 +40,7 @@ def aggregation_step(work: ShareWork, config: SiteConfig) -> Reduced:
     keep_freed()
     journal = site_journal(config, work)
     recipe = journal.recipe(config.context)
-    check_approved(recipe, config, work.run)
+    check_allowed(recipe, config, work.run)
     assert recipe.durations.transfer_timeout
     journal = Journal(journal.store.patient(recipe.durations.transfer_timeout), work.run, journal.keys)
     check_pinned(journal, config)
@@ -57,12 +57,11 @@ def aggregation_step(work: ShareWork, config: SiteConfig) -> Reduced:
 
 @contextlib.contextmanager
 def time_limit(work: ShareWork, config: SiteConfig) -> Iterator[None]:
-    """Kill this process if the body outlives train_timeout: the role has passed on by then."""
-    limit = site_journal(config, work).recipe(config.context).durations.train_timeout
-    assert limit
+    """Kill this process if the body outlives train_timeout, when the role passes on, or the workplace's own limit."""
+    limit, whose = time_allowed(site_journal(config, work).recipe(config.context), config)
 
     def expire() -> None:
-        print(f"killed after {limit} (train_timeout)", file=sys.stderr, flush=True)
+        print(f"killed after {limit} ({whose})", file=sys.stderr, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
 
     with killed_after(limit, expire):

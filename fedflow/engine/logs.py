@@ -39,6 +39,11 @@ class _PassedOn(logging.Handler):
         self._to(record.levelno, record.getMessage())
 
 
+def _printable(value: Any) -> Any:
+    """A text without what would begin another line: it may be anybody's."""
+    return "".join(c if c.isprintable() else "?" for c in value) if isinstance(value, str) else value
+
+
 class LogFile(logging.Handler):
     """Lines in a file that any number of processes write to; one that is full is renamed, and so many are kept.
 
@@ -51,7 +56,7 @@ class LogFile(logging.Handler):
     ) -> None:
         super().__init__(logging.INFO)
         self._path, self._form, self._size, self._keep = path, form, size, keep
-        self._about = {name: value for name, value in about.items() if value is not None}
+        self._about = {name: _printable(value) for name, value in about.items() if value is not None}
 
     def emit(self, record: logging.LogRecord) -> None:
         try:

@@ -1,4 +1,4 @@
-"""Which recipes a site trains: those that its owner has approved once, and those that the owner's policy lets in."""
+"""Which recipes a site trains: of those that its configuration allows, what its owner has approved once, and what the owner's policy lets in."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from fedflow.recipe import Recipe, Review, SiteConfig
 from fedflow.store.records import utc_now
 from fedflow.types import canonical_json
 
-__all__ = ["check_approved", "decide", "verdict"]
+__all__ = ["check_allowed", "decide", "verdict"]
 
 
-def check_approved(recipe: Recipe, config: SiteConfig, run: str) -> None:
-    """Raises RecipeRefused where the site of `config` reviews recipes, and neither its owner nor its policy has approved this one."""
+def check_allowed(recipe: Recipe, config: SiteConfig, run: str) -> None:
+    """Raises RecipeRefused where the site of `config` does not do what the recipe asks for, or reviews recipes, and neither its owner nor
+    its policy has approved this one."""
+    if (why := config.objection(recipe)) is not None:
+        raise RecipeRefused(f"{why}; change the recipe, or ask the site's owner", site=config.name)
     if config.review is not None and (why := refusal(recipe, config.review)) is not None:
         raise RecipeRefused(
             f"recipe {recipe.digest()} is not approved here ({why}); the site's owner reads and approves it with "
@@ -35,8 +38,11 @@ def refusal(recipe: Recipe, review: Review) -> str | None:
     return "nobody has approved it" if review.policy is None else review.policy.objection(recipe)
 
 
-def verdict(recipe: Recipe, review: Review | None) -> str:
-    """The same in words."""
+def verdict(recipe: Recipe, config: SiteConfig) -> str:
+    """Whether the site of `config` trains it, in words."""
+    review = config.review
+    if (why := config.objection(recipe)) is not None:
+        return f"refused: {why}"
     if review is None:
         return "trained: this site reviews nothing"
     if (why := refusal(recipe, review)) is not None:

@@ -26,6 +26,7 @@ from fedflow.errors import (
     RoundAborted,
     RoundError,
     RunExists,
+    StoreError,
     UpdateInvalid,
     UserError,
     field_error,
@@ -203,7 +204,7 @@ def record_abort(journal: Journal, message: str) -> None:
 
 @contextlib.contextmanager
 def recording_outcome(journal: Journal) -> Iterator[None]:
-    """Write into the journal how this start of the run ends; what is raised inside goes on."""
+    """Write into the journal how this start of the run ends; what is raised inside goes on, also where the store does not take this."""
     number = len(journal.outcomes()) + 1
 
     def put(status: Literal["finished", "failed", "aborted"], message: str = "") -> None:
@@ -211,16 +212,17 @@ def recording_outcome(journal: Journal) -> Iterator[None]:
 
     try:
         yield
-    except RoundAborted as error:
-        put("aborted", error.reason)
-        raise
-    except FedflowError as error:
-        put("failed", str(error))
-        raise
     except Exception as error:
-        put("failed", f"unexpected {type(error).__name__}: {error}")
+        with contextlib.suppress(StoreError):
+            put(*_ended_by(error))
         raise
     put("finished")
+
+
+def _ended_by(error: Exception) -> tuple[Literal["failed", "aborted"], str]:
+    if isinstance(error, RoundAborted):
+        return "aborted", error.reason
+    return "failed", str(error) if isinstance(error, FedflowError) else f"unexpected {type(error).__name__}: {error}"
 
 
 # -- where a run stands ------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import re
 import resource
 import signal
 import threading
@@ -23,7 +24,7 @@ from fedflow import __version__
 from fedflow.algorithm import Algorithm
 from fedflow.engine.audit import audited
 from fedflow.engine.locks import held
-from fedflow.engine.review import check_approved
+from fedflow.engine.review import check_allowed
 from fedflow.errors import (
     FedflowError,
     KeyEscapesRoot,
@@ -44,7 +45,7 @@ from fedflow.local.own import Registry, work_of
 from fedflow.local.state import Memory, TrainingState
 from fedflow.local.workload import Setup
 from fedflow.memory import tidy_after
-from fedflow.recipe import Recipe, SiteConfig
+from fedflow.recipe import NAME, Recipe, SiteConfig
 from fedflow.registry import call, resolve
 from fedflow.store.journal import Journal
 from fedflow.store.objects import ObjectStore
@@ -74,6 +75,7 @@ __all__ = [
     "killed_after",
     "site_journal",
     "site_step",
+    "time_allowed",
 ]
 
 _log = logging.getLogger(__name__)
@@ -83,11 +85,18 @@ Progress = Callable[[int, int | None], None]
 
 @dataclass(frozen=True)
 class PhaseWork:
-    """What is asked of whom in one phase, as it is sent to them: names only, no URL and no code."""
+    """What is asked of whom in one phase, as it is sent to them: names only, no URL, no path and no code.
+
+    Raises UserError where it is something else: whoever may start flow runs may send what he likes.
+    """
 
     run: str
     round: int
     phase: str
+
+    def __post_init__(self) -> None:
+        _check_sent("run", self.run, NAME)
+        _check_sent("phase", self.phase, NAME)
 
 
 @dataclass(frozen=True)
@@ -102,12 +111,22 @@ class SiteWork(PhaseWork):
     attempt: int = 1
     after: str | None = None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.after is not None:
+            _check_sent("after", self.after, r"blake3:[0-9a-f]{64}")
+
     def task(self, plan: Plan, site: str) -> TaskRecord:
         """What is asked of `site`."""
         task = plan.tasks[site]
         if self.after is None:
             return task
         return task.model_copy(update={"state_base": self.after, "overrides": {**task.overrides, "again": 1}})
+
+
+def _check_sent(field: str, found: str, pattern: str) -> None:
+    if not re.fullmatch(pattern, found):
+        raise UserError(field_error(field, found, f"what matches {pattern}", "start trainings with `fedflow run`"))
 
 
 def site_step(
@@ -129,11 +148,12 @@ def site_step(
     progress: called after every optimizer step with (steps done, steps planned or None)
     unhurried: whether deadlines are of no matter here: no clock decides what a simulation's result is
     Raises OpeningClosed where the round went on meanwhile, SiteStateLost, ResolveError, SignatureInvalid where the coordinator
-    did not sign the round, RecipeRefused where the site's owner did not approve it, and whatever the training raises.
+    did not sign the round, RecipeRefused where the site's owner did not approve it or it takes more steps than the site's limits
+    allow, and whatever the training raises.
     """
     journal = site_journal(config, work, store)
     recipe = journal.recipe(config.context)
-    check_approved(recipe, config, work.run)
+    check_allowed(recipe, config, work.run)
     assert recipe.durations.transfer_timeout
     root = journal.store.patient(recipe.durations.transfer_timeout)
     journal = Journal(root, work.run, journal.keys)
@@ -155,6 +175,7 @@ def site_step(
             return build_model(recipe.model.path, recipe.model.args, seed=recipe.seed, allowed=config.allowed_imports)
 
         def on_step(done: int, planned: int | None) -> None:
+            config.limits.check_steps(max(done, planned or 0))
             progress(done, planned)
             if closes:
                 closes.step()
@@ -170,6 +191,7 @@ def site_step(
         )
         broadcast = _received(root, plan, recipe.memory_budget)
         update, state = _run_algorithm(recipe, broadcast, plan, config.name, task, states, training)
+        config.limits.check_steps(update.steps)  # of code that tells of no step, or went on all the same
         update = replace(update, attempt=work.attempt)
         received = sum(plan.broadcast[group].size for group in broadcast.made)
         spent = {"seconds": time.monotonic() - started, "received": received}
@@ -440,19 +462,23 @@ def failure_of(work: SiteWork, site: str, error: BaseException) -> Failure:
 
 @contextlib.contextmanager
 def hard_deadline(work: SiteWork, config: SiteConfig) -> Iterator[None]:
-    """Kill this process, after saying why in the store, if the body outlives train_timeout or the opening's deadline.
+    """Kill this process, after saying why in the store, if the body outlives train_timeout, the site's own limit or the opening's deadline.
 
     A thread with a timer, and SIGKILL; should that thread not get to run, the kernel's alarm clock a little later. No
     handler in the training code keeps it alive.
     """
     journal = site_journal(config, work)
     _, opening = _plan_of(journal, work)
-    durations = journal.recipe(config.context).durations
-    assert durations.train_timeout and durations.heartbeat
-    left = min(durations.train_timeout, opening.deadline - utc_now() + durations.heartbeat)
+    recipe = journal.recipe(config.context)
+    assert recipe.durations.heartbeat
+    allowed, whose = time_allowed(recipe, config)
+    until_deadline = opening.deadline - utc_now() + recipe.durations.heartbeat
+    left, whose = min((allowed, whose), (until_deadline, f"the deadline of opening {work.opening}"))
 
     def expire() -> None:
-        error = SiteError(f"killed after {left} (train_timeout, or the deadline of opening {work.opening})")
+        error: FedflowError = SiteError(f"killed after {left} ({whose})")
+        if left == config.limits.time:  # another attempt would take as long
+            error = RecipeRefused(f"{error.reason}; let a round take less, or ask the site's owner")
         try:
             journal.put_failure(failure_of(work, config.name, error))
         finally:
@@ -460,6 +486,13 @@ def hard_deadline(work: SiteWork, config: SiteConfig) -> Iterator[None]:
 
     with killed_after(left, expire):
         yield
+
+
+def time_allowed(recipe: Recipe, config: SiteConfig) -> tuple[timedelta, str]:
+    """How long a training or an aggregation of `recipe` may take at the site of `config`, and who says so."""
+    timeout, limit = recipe.durations.train_timeout, config.limits.time
+    assert timeout
+    return (timeout, "train_timeout") if limit is None or timeout < limit else (limit, "this site's limits.time")
 
 
 @contextlib.contextmanager

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
 from uuid import UUID
@@ -15,7 +17,7 @@ from fedflow.engine.logs import passed_on
 from fedflow.engine.rounds import amend_run, next_step, record_abort, recording_outcome
 from fedflow.engine.starts import publish_federation
 from fedflow.engine.summary import summarize
-from fedflow.errors import RoundError
+from fedflow.errors import FedflowError, RoundError
 from fedflow.flows.round import evaluate, federated_round, journal_of
 from fedflow.memory import tidy_after
 from fedflow.prefect.api import absent_sites, cancel, connect, connected, find_runs, run_tag, training_tag
@@ -72,6 +74,7 @@ def training(recipe: Recipe, federation: Federation, run_id: str | None = None) 
     journal = begin(recipe, federation, run)
     mark_as_training(journal)
     with (
+        sites_shown(federation),
         recording_outcome(journal),
         tags("fedflow", run_tag(journal.record().nonce), training_tag(runtime.flow_run.id)),
     ):
@@ -95,10 +98,25 @@ def training(recipe: Recipe, federation: Federation, run_id: str | None = None) 
             tidy_after(step.round, journal.recipe().training.tidy_every)
         progress.show(journal.recipe(), journal.recipe().rounds)
         summary = summarize(journal)
-        with shown_if_possible(), connected() as client:
+        with shown_if_possible():
             publish_report(summary)
+    log.info("finished after %d rounds: %s", len(summary.rounds), summary.model_digest)
+
+
+@contextmanager
+def sites_shown(federation: Federation) -> Iterator[None]:
+    """The UI has the sites as they are when the body ends, also where it fails."""
+
+    def show() -> None:
+        with shown_if_possible(), connected() as client:
             publish_sites(client, federation, last=True)
-        log.info("finished after %d rounds: %s", len(summary.rounds), summary.model_digest)
+
+    try:
+        yield
+    except FedflowError:
+        show()
+        raise
+    show()
 
 
 def begin(recipe: Recipe, federation: Federation, run: str) -> Journal:

@@ -152,7 +152,7 @@ def _lead(folder: Path, job: Mapping[str, Any], others: Sequence[SiteId], place:
         host = place.address[0] if place.address and place.context else "127.0.0.1"  # the certificate has its name
         training = open_now.enter_context(_Process(folder, "train", {**job, "server": f"{host}:{port}"}))
         while there or not training.done:
-            running = [process.gone for process in (server, training) if not process.done]
+            running: list[Any] = [process.gone for process in (server, training) if not process.done]
             ready = select.select([*there.values(), *running], [], [])[0]
             for process in (server, training):
                 if process.gone in ready and not process.finished():

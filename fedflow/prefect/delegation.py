@@ -13,7 +13,7 @@ from prefect.client.orchestration import SyncPrefectClient
 from fedflow.engine.shares import Share, reduced_of
 from fedflow.errors import SiteError, StoreUnavailable
 from fedflow.prefect.api import OUTAGE, absence, cancel, read_runs
-from fedflow.prefect.dispatch import OVER, STORE_PATIENCE, Origin, send_share
+from fedflow.prefect.dispatch import OVER, Origin, send_share
 from fedflow.prefect.pace import Pace
 from fedflow.recipe import MAX_BACKOFF, Federation, Recipe
 from fedflow.store.journal import Journal
@@ -58,8 +58,9 @@ class Delegation:
     def have_done(self, closing: Closing, wanted: Sequence[Share]) -> dict[Share, str]:
         """Have `wanted` done; those that nobody did, each after every workplace was asked `attempts` times, and why.
 
-        Raises StoreUnavailable where the store has not answered for `STORE_PATIENCE`.
+        Raises StoreUnavailable where the store has not answered for the recipe's transfer_timeout.
         """
+        assert self.recipe.durations.transfer_timeout
         tries, answered = [self._begun(share) for share in wanted], utc_now()
         undone: dict[Share, str] = {}
         pace = Pace(longest=2.0, shortest=0.1, since=time.monotonic())
@@ -71,9 +72,9 @@ class Delegation:
                     self.log.warning("the Prefect API does not answer (%r); whoever aggregates goes on", error)
                     continue
                 except StoreUnavailable as error:
-                    if utc_now() >= answered + STORE_PATIENCE:
+                    if utc_now() >= answered + self.recipe.durations.transfer_timeout:
                         raise
-                    self.log.warning("the store does not answer: %s", error)
+                    self.log.warning("waiting for the store: %s", error)
                     continue
                 answered = utc_now()
                 if over is not None:

@@ -8,7 +8,7 @@ import random
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any
 from uuid import UUID
 
@@ -42,7 +42,6 @@ __all__ = [
     "AGGREGATION_FLOW",
     "OVER",
     "SITE_FLOW",
-    "STORE_PATIENCE",
     "Collector",
     "Origin",
     "Watched",
@@ -56,9 +55,6 @@ SITE_FLOW = "fedflow-site"
 
 AGGREGATION_FLOW = "fedflow-aggregation"
 """Name of the flow that does a share of an aggregation; sites and regional aggregators have one deployment of it each."""
-
-STORE_PATIENCE = timedelta(minutes=10)
-"""How long after its deadline a round waits for a store that does not answer."""
 
 
 def send(
@@ -215,7 +211,10 @@ class Collector:
     outage: bool = False
 
     def run(self) -> Closing:
-        """Returns the closing. Raises QuorumLost after it is written where the quorum is not met."""
+        """Returns the closing. Raises QuorumLost after it is written where the quorum is not met, StoreUnavailable where the store, the
+        recipe's transfer_timeout after the deadline, still does not do what it is asked."""
+        assert self.recipe.durations.transfer_timeout
+        patient_until = self.opening.deadline + self.recipe.durations.transfer_timeout
         pace = Pace(longest=2.0, shortest=0.1, since=time.monotonic())  # of looks at the flow runs
         while True:
             try:
@@ -228,9 +227,9 @@ class Collector:
                     return close_round(self.journal, self.plan, self.opening, self.found, why=why, missing=missing)
                 self._ask_again()
             except StoreUnavailable as error:
-                if utc_now() >= self.opening.deadline + STORE_PATIENCE:
+                if utc_now() >= patient_until:
                     raise
-                self.log.warning("the store does not answer: %s", error)
+                self.log.warning("waiting for the store: %s", error)
             time.sleep(pace.wait())
 
     def _tick(self, finished: Mapping[SiteId, FlowRun]) -> None:

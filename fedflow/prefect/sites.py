@@ -1,4 +1,4 @@
-"""How the sites of a federation are: who is there, what each runs, what became of its last rounds. As the Prefect API knows."""
+"""How the sites and regional aggregators of a federation are: who is there, what each runs, what became of its last rounds. As the Prefect API knows."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from prefect.artifacts import create_table_artifact
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import FlowFilter, FlowFilterName, FlowRunFilter, FlowRunFilterTags
 from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.sorting import FlowRunSort
 
 from fedflow.engine.starts import read_start
 from fedflow.prefect.api import Taker, presence, taker
 from fedflow.prefect.artifacts import artifact_key
-from fedflow.prefect.dispatch import SITE_FLOW
+from fedflow.prefect.dispatch import AGGREGATION_FLOW, SITE_FLOW
 from fedflow.recipe import Federation, FederationSite
 from fedflow.store.objects import ObjectStore
 from fedflow.types import SiteId
@@ -39,7 +40,7 @@ _OVER = (StateType.COMPLETED, StateType.CANCELLED, *_FAILED)
 
 @dataclass(frozen=True)
 class SiteStatus:
-    """One site.
+    """One site, or regional aggregator.
 
     seen: its worker's last heartbeat; absent: why it cannot be asked, None where it can
     took: the newest of its flow runs that a worker took
@@ -62,22 +63,23 @@ class SiteStatus:
             "site": self.site,
             "worker": "there" if self.absent is None else self.absent,
             "last seen": f"{self.seen:%Y-%m-%d %H:%M:%S} UTC" if self.seen else "never",
+            "runs": "; ".join(self.doing),
+            "failures": f"{self.failures} of the last {LAST}" if self.failures else "",
+            "last rounds": "; ".join(self.rounds),
+            "at its start": self.start,
             "version": f"fedflow {self.took.fedflow}, Prefect {self.took.prefect}" if self.took else "",
             "machine": self.took.host if self.took else "",
-            "at its start": self.start,
-            "runs": "; ".join(self.doing),
-            "last rounds": "; ".join(self.rounds),
-            "failures": f"{self.failures} of the last {LAST}" if self.failures else "",
         }
 
 
 def deployed_sites(client: SyncPrefectClient) -> list[FederationSite]:
-    """Every site that has a deployment on the server."""
-    flow = FlowFilter(name=FlowFilterName(any_=[SITE_FLOW]))
-    found: list[FederationSite] = []
+    """Every site and every regional aggregator that has a deployment on the server."""
+    flow = FlowFilter(name=FlowFilterName(any_=[SITE_FLOW, AGGREGATION_FLOW]))
+    found: list[DeploymentResponse] = []
     while page := client.read_deployments(flow_filter=flow, limit=200, offset=len(found)):
-        found += [FederationSite(name=d.name, pool=d.work_pool_name) for d in page]
-    return sorted(found, key=lambda site: site.name)
+        found += page
+    pools = {deployment.name: deployment.work_pool_name for deployment in found}
+    return [FederationSite(name=name, pool=pool) for name, pool in sorted(pools.items())]
 
 
 def look(
@@ -90,7 +92,7 @@ def look(
 
 def _look(client: SyncPrefectClient, site: FederationSite, store: ObjectStore | None) -> SiteStatus:
     newest_first = FlowRunSort.EXPECTED_START_TIME_DESC
-    ours = FlowRunFilter(tags=FlowRunFilterTags(all_=["fedflow", f"site:{site.name}"]))
+    ours = FlowRunFilter(tags=FlowRunFilterTags(all_=["fedflow"], any_=[f"site:{site.name}", f"workplace:{site.name}"]))
     runs = client.read_flow_runs(flow_run_filter=ours, sort=newest_first, limit=LAST)
     over = [run for run in runs if run.state_type in _OVER]
     took = next(
@@ -121,11 +123,13 @@ _published: dict[str, float] = {}
 def publish_sites(client: SyncPrefectClient, federation: Federation, *, last: bool = False) -> None:
     """The table in the UI: once a minute, in a large federation less often, and at the end of a run."""
     since = time.monotonic() - _published.setdefault(federation.name, time.monotonic())
-    if not last and since < max(EVERY, PER_SITE * len(federation.sites)):
+    if not last and since < max(EVERY, PER_SITE * len(federation.workplaces)):
         return
     _published[federation.name] = time.monotonic()
     store = ObjectStore(federation.store, federation.store_options) if federation.store else None
-    rows = [status.row() for status in look(client, federation.sites, store)]
+    rows = [status.row() for status in look(client, federation.workplaces, store)]
     absent = sum(row["worker"] != "there" for row in rows)
-    described = f"{federation.name}: {len(rows)} sites, {absent} absent"
+    counted = {"site": len(federation.sites), "region": len(federation.regions)}
+    who = " and ".join(f"{n} {what}{'s' if n > 1 else ''}" for what, n in counted.items() if n)
+    described = f"{federation.name}: {who}, {absent} absent"
     create_table_artifact(table=rows, key=artifact_key(federation.name, "sites"), description=described)

@@ -9,6 +9,7 @@ no event stream: whoever reads it sees other sites' events too.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import logging
 import math
@@ -21,7 +22,6 @@ from base64 import b64encode
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from importlib import import_module
-from inspect import isawaitable
 from pathlib import Path
 from typing import Any, ClassVar, cast
 from uuid import UUID
@@ -173,7 +173,9 @@ class FlowWorker(private.FlowWorkerBase):
             remove(str(flow_run.id))
         await anyio.to_thread.run_sync(child.end)
         self.pace.worked()
-        if child.last is None:  # it did not say how its flow run ended
+        if child.last is not None and (refused := child.last.get("refused")):
+            await self.crashed(flow_run, refused)
+        elif child.last is None:  # it did not say how its flow run ended
             await self._ended(load(flows[name]), flow_run, code, why)
         return code or 0
 
@@ -228,7 +230,7 @@ class FlowWorker(private.FlowWorkerBase):
         state = seen.state if seen.state is not None else Crashed()
         for hook in hooks:
             called = await anyio.to_thread.run_sync(partial(cast(Callable[..., object], hook), flow, seen, state))
-            if isawaitable(called):
+            if inspect.isawaitable(called):
                 await cast(Awaitable[object], called)
 
 
@@ -285,21 +287,26 @@ class SiteWorker(FlowWorker):
         return self.flows | ({"fedflow-site": self.config.flow} if self.config.flow else {})
 
     def too_large(self, child: Child) -> str | None:
-        limit = self.config.memory_limit
+        limit = self.config.limits.memory
         if limit is None or (held := resident(child.pid)) <= limit:
             return None
-        return f"killed: found {held >> 20} MiB in its processes, expected at most this site's memory_limit, {limit >> 20} MiB"
+        return f"killed: found {held >> 20} MiB in its processes, expected at most {limit >> 20} MiB, this site's limits.memory"
 
 
 def resident(group: int) -> int:
-    """Bytes in memory of the processes of a group, shared ones counted with each; 0 where the system does not say."""
-    pages = 0
+    """Bytes in memory of a group of processes and of all that they started, whose group may be another (a script's).
+
+    Shared ones are counted with each; 0 where the system does not say.
+    """
+    parents, groups, pages = dict[int, int](), dict[int, int](), dict[int, int]()
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # it has ended
-            fields = stat.read_text().rpartition(")")[2].split()
-            if int(fields[2]) == group:
-                pages += int(fields[21])
-    return pages * os.sysconf("SC_PAGE_SIZE")
+            fields, pid = stat.read_text().rpartition(")")[2].split(), int(stat.parent.name)
+            parents[pid], groups[pid], pages[pid] = int(fields[1]), int(fields[2]), int(fields[21])
+    counted = {pid for pid in groups if groups[pid] == group}
+    while started := {pid for pid in parents if parents[pid] in counted} - counted:
+        counted |= started
+    return sum(pages[pid] for pid in counted) * os.sysconf("SC_PAGE_SIZE")
 
 
 class CoordinatorWorker(FlowWorker):
@@ -321,15 +328,32 @@ def load(target: str) -> Flow[Any, Any]:
     return cast("Flow[Any, Any]", getattr(import_module(module), function))
 
 
+def refusal(flow: Flow[Any, Any], parameters: Mapping[str, Any]) -> str | None:
+    """Why these cannot be the flow's parameters, before Prefect looks at them; None where they can.
+
+    It would end the process without a word for a name too many, and load a block from the API for a reference to one.
+    """
+    try:
+        inspect.signature(flow.fn).bind(**parameters)
+    except TypeError as error:
+        return f"parameters: {error}; expected {', '.join(inspect.signature(flow.fn).parameters)}"
+    if '"$ref":' in json.dumps(dict(parameters)):
+        return "parameters: found a reference to a block, expected the values themselves"
+    return None
+
+
 def run_in_child(asked: dict[str, Any], line: Line) -> None:
     """Run the flow in this process, as Prefect's own child processes do; say how it ended."""
+    flow, given = load(asked["flow"]), asked["flow_run"]["parameters"]
+    if why := refusal(flow, given):
+        return tell(line, {"refused": why})
     os.environ["PREFECT__FLOW_RUN_ID"] = asked["flow_run"]["id"]
     with get_client(sync_client=True) as client:
         flow_run = client.read_flow_run(UUID(asked["flow_run"]["id"]))
     settings = {} if asked["csrf"] else {PREFECT_CLIENT_CSRF_SUPPORT_ENABLED: False}  # every new client would ask
     if flow_run.state_type not in STOPPED:
         with held(str(flow_run.id)), temporary_settings(settings), private.engine(suspends=True), private.all_sent():
-            tell(line, private.run(load(asked["flow"]), flow_run))
+            tell(line, {"state": str(private.run(flow, flow_run))})
 
 
 def run_at_site(asked: dict[str, Any], line: Line) -> None:
@@ -337,18 +361,21 @@ def run_at_site(asked: dict[str, Any], line: Line) -> None:
     flow_run = FlowRun.model_validate(asked["flow_run"])
     os.environ["PREFECT__FLOW_RUN_ID"] = str(flow_run.id)
     log_to_file(SiteConfig.here(), flow_run.parameters)
+    flow = load(asked["flow"])
+    if why := refusal(flow, flow_run.parameters):
+        return tell(line, {"refused": why})
     with (
         held(str(flow_run.id)),
         private.all_sent(),
         private.own_engine(private.site_client(), flow_run, csrf=asked["csrf"]),
     ):
-        tell(line, private.run(load(asked["flow"]), flow_run))
+        tell(line, {"state": str(private.run(flow, flow_run))})
 
 
-def tell(line: Line, ended: StateType) -> None:
+def tell(line: Line, how: Mapping[str, str]) -> None:
     """Say to the worker how the flow run ended; to nobody, where the worker was killed meanwhile."""
     with contextlib.suppress(ConnectionError):
-        line.send({"state": str(ended)})
+        line.send(how)
 
 
 def log_to_file(config: SiteConfig, parameters: Mapping[str, Any] | None = None) -> None:

@@ -255,10 +255,11 @@ class Clock:
         dropped, when = (_uniform(self.recipe.seed, step.round, step.phase, site, attempt, n) for n in ("drop", "when"))
         if dropped < conditions.drop:
             seconds, failed = seconds * when, "dropped out"
-        left = min(most, opening.deadline - begun + heartbeat)
+        until_deadline = opening.deadline - begun + heartbeat
+        left, whose = min((most, "train_timeout"), (until_deadline, f"the deadline of opening {opening.number}"))
         if seconds > left.total_seconds():
             seconds = left.total_seconds()
-            failed = f"killed after {left} (train_timeout, or the deadline of opening {opening.number})"
+            failed = f"killed after {left} ({whose})"
         if self._online_until(site, begins, begins + seconds) < begins + seconds:
             return Flight(step.round, attempt, begun, None)
         return Flight(step.round, attempt, begun, _instant(begins + seconds), failed, seconds, work.overrides)

@@ -586,6 +586,13 @@ def test_how_a_start_ended_is_in_the_journal(error: Exception | None, status: st
         assert (last.number, last.status, last.message) == (number, status, message)
 
 
+def test_what_ended_a_start_is_raised_also_where_the_store_takes_no_record_of_it(tmp_path: Path) -> None:
+    journal = started(str(tmp_path))
+    (tmp_path / "server" / "run" / "outcomes").write_bytes(b"")
+    with pytest.raises(QuorumLost, match="two of three"), recording_outcome(journal):
+        raise QuorumLost("two of three", run="run")
+
+
 class Once(builders.Bounded):
     """The bound is everybody's to say; what comes of the training, any one site's."""
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +18,7 @@ from fedflow.engine.review import decide, verdict
 from fedflow.engine.site import SiteWork, failure_of, site_journal
 from fedflow.engine.trying import try_recipe
 from fedflow.errors import RecipeRefused, ResolveError, UserError
-from fedflow.recipe import Recipe, SiteConfig
+from fedflow.recipe import DEVICES, Recipe, SiteConfig
 from fedflow.store.journal import Journal
 from fedflow.store.objects import ObjectStore, digest
 from fedflow.store.records import Plan
@@ -55,11 +57,11 @@ def test_a_recipe_is_trained_once_its_owner_has_approved_it(tmp_path: Path) -> N
     assert journal.store.list("sites") == []
     assert reviewing.review is not None
     decide(recipe(rounds=7), reviewing.review, True)
-    assert verdict(recipe(), reviewing.review) == "approved"
-    assert verdict(recipe(seed=6), reviewing.review) == "refused: nobody has approved it"
+    assert verdict(recipe(), reviewing) == "approved"
+    assert verdict(recipe(seed=6), reviewing) == "refused: nobody has approved it"
     site_step(WORK, reviewing)
     decide(recipe(), reviewing.review, False)
-    assert verdict(recipe(), reviewing.review) == "refused: its approval was revoked"
+    assert verdict(recipe(), reviewing) == "refused: its approval was revoked"
     assert [json.loads(line)["approved"] for line in (tmp_path / "approved.jsonl").read_text().splitlines()] == [
         True,
         False,
@@ -78,16 +80,87 @@ def test_a_recipe_is_trained_once_its_owner_has_approved_it(tmp_path: Path) -> N
     ids=str,
 )
 def test_a_policy_approves_what_fits_all_of_it(tmp_path: Path, policy: dict[str, Any], why: str | None) -> None:
-    review = config(tmp_path, review={"approved": str(tmp_path / "approved"), "policy": policy}).review
-    assert review is not None
-    assert verdict(recipe(), review).startswith("approved by policy" if why is None else f"refused: {why}")
-    decide(recipe(), review, True)
-    assert verdict(recipe(), review) == "approved"
+    here = config(tmp_path, review={"approved": str(tmp_path / "approved"), "policy": policy})
+    assert here.review is not None
+    assert verdict(recipe(), here).startswith("approved by policy" if why is None else f"refused: {why}")
+    decide(recipe(), here.review, True)
+    assert verdict(recipe(), here) == "approved"
 
 
 def test_a_review_without_a_folder_is_a_mistake(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"review\.approved: found .*make the folder"):
         config(tmp_path, review={"approved": str(tmp_path / "none" / "approved")})
+
+
+# -- what it allows, and how much ----------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("fields", "asked", "why"),
+    [
+        ({"algorithms": ["scaffold", "hospital.*"]}, {}, "algorithm: found 'fedavg', expected one of"),
+        ({"limits": {"gpus": 0}}, {"numerics": {"device": "cuda"}}, "numerics.device: found 'cuda', expected 'cpu'"),
+        (
+            {"limits": {"steps": 2}},
+            {"training": {"steps": 3}},
+            "steps: found 3, expected at most 2, this site's limits",
+        ),
+        ({"limits": {"steps": 1}}, {}, "steps: found 2, expected at most 1, this site's limits"),
+    ],
+    ids=["algorithm", "gpus", "steps", "epochs"],
+)
+def test_what_is_beyond_a_sites_limits_is_refused_and_the_coordinator_told(
+    tmp_path: Path, fields: dict[str, Any], asked: dict[str, Any], why: str
+) -> None:
+    """Whoever approved of it; nothing is sent, and there is no second attempt."""
+    journal, plan = opened(tmp_path, **asked)
+    here = config(tmp_path, **fields, review={"approved": str(tmp_path / "approved")})
+    assert here.review is not None
+    decide(recipe(**asked), here.review, True)
+    with pytest.raises(RecipeRefused) as refused:
+        site_step(WORK, here)
+    assert journal.store.list("sites") == []
+    site_journal(here, WORK).put_failure(failure_of(WORK, "site-1", refused.value))
+    told = journal.failure(plan, "site-1", 1, 1)
+    assert told is not None and told.reason.startswith(why) and "ask the site's owner" in told.reason and not told.heals
+
+
+def test_what_is_within_a_sites_limits_is_done(tmp_path: Path) -> None:
+    opened(tmp_path)
+    assert site_step(WORK, config(tmp_path, algorithms=["fed*"], limits={"steps": 2, "gpus": 0})).steps == 2
+
+
+def test_steps_that_code_does_not_tell_of_count_too(tmp_path: Path) -> None:
+    journal, _ = opened(tmp_path, algorithm=f"{__name__}:Silent")
+    with pytest.raises(RecipeRefused, match="steps: found 9, expected at most 5"):
+        site_step(WORK, config(tmp_path, limits={"steps": 5}))
+    assert journal.store.list("sites") == []
+
+
+class Silent(FedAvg):
+    kind: Literal["silent"] = "silent"
+
+    def site_update(self, *args: Any) -> Any:
+        update, state = super().site_update(*args)
+        return replace(update, steps=9), state
+
+
+@pytest.mark.parametrize(("there", "seen"), [(None, "0,1"), ("GPU-b,GPU-a,GPU-c", "GPU-b,GPU-a"), ("3", "3"), ("", "")])
+def test_a_trainer_sees_as_many_devices_as_the_sites_limits_have(
+    there: str | None, seen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of those that its worker sees."""
+    monkeypatch.setenv(DEVICES, there or "")
+    if there is None:
+        monkeypatch.delenv(DEVICES)
+    for _ in range(2):
+        config(tmp_path, limits={"gpus": 2}).in_force()
+        assert os.environ[DEVICES] == seen
+    config(tmp_path).in_force()
+    assert os.environ[DEVICES] == seen
+
+
+def test_a_recipe_beyond_the_limits_is_shown_as_refused(tmp_path: Path) -> None:
+    assert verdict(recipe(), config(tmp_path)) == "trained: this site reviews nothing"
+    assert verdict(recipe(), config(tmp_path, algorithms=["scaffold"])).startswith("refused: algorithm: found 'fedavg'")
 
 
 def closed(folder: Path) -> Journal:

@@ -17,6 +17,7 @@ from prefect.client.schemas.sorting import ArtifactSort
 
 from fedflow.environments.base import Run
 from fedflow.prefect.api import connect, find_runs
+from fedflow.prefect.artifacts import artifact_key
 from fedflow.prefect.deploy import training_deployment
 from fedflow.store.journal import list_runs
 from tests import builders
@@ -76,7 +77,8 @@ def test_a_run_its_rounds_and_its_artifacts_can_be_read(poc: Poc, page: Page) ->
     expect(page.get_by_text("looked-at · round 001").first).to_be_visible(timeout=PATIENCE)
     expect(page.get_by_text("committed blake3").first).to_be_visible(timeout=PATIENCE)
     picture(page, "round")
-    for key, shown in (("looked-at-round", "site-1"), ("looked-at-report", "Best loss")):
+    sites = artifact_key(poc.env.federation.name, "sites")
+    for key, shown in (("looked-at-round", "site-1"), ("looked-at-report", "Best loss"), (sites, "there")):
         page.goto(f"{base}/artifacts/artifact/{artifact(poc, key)}")
         expect(page.get_by_text(shown).first).to_be_visible(timeout=PATIENCE)
         picture(page, key)

@@ -50,6 +50,13 @@ pytestmark = [pytest.mark.proxy, pytest.mark.timeout(600)]
 API = "operator:its-own-secret"
 SITES = ["site-1", "site-2"]
 REGION = "north"
+WORKPLACES = [*SITES, REGION]
+RIGHTS = {  # of who aggregates, as docs/deployment.md has them
+    "site-2": ["Read:fedflow/*", "List:fedflow/*"],
+    REGION: [
+        f"{may}:fedflow/{part}/*" for may in ("Read", "List") for part in ("server", "sites/site-1", "sites/site-2")
+    ],
+}
 
 
 @dataclass
@@ -93,8 +100,8 @@ def ground(postgresql: PostgresServer, tmp_path_factory: pytest.TempPathFactory)
     with ExitStack() as stack:
         prefect = stack.enter_context(prefect_server(postgresql.new_database(), API))
         gate = stack.enter_context(Gate(home / "gate", prefect))
-        store = stack.enter_context(ComposeStore(home / "store", SITES))
-        proxy = stack.enter_context(Proxy(home / "proxy", prefect, gate, store, [*SITES, REGION]))
+        store = stack.enter_context(ComposeStore(home / "store", WORKPLACES, RIGHTS))
+        proxy = stack.enter_context(Proxy(home / "proxy", prefect, gate, store, WORKPLACES))
         trusted = {"PREFECT_API_SSL_CERT_FILE": str(proxy.authority), "SSL_CERT_FILE": str(proxy.authority)}
 
         def settings(who: str, url: str, auth: str) -> dict[str, str]:
@@ -119,7 +126,7 @@ def ground(postgresql: PostgresServer, tmp_path_factory: pytest.TempPathFactory)
                 home / "coordinator.log",
             )
         ]
-        for name in SITES:
+        for name in WORKPLACES:
             config = home / f"{name}.yaml"
             given = {"name": name, "store": "s3://fedflow", "store_options": dict(federation.store_options)}
             config.write_text(yaml.safe_dump({**given, "state": str(home / name)}))
@@ -143,7 +150,7 @@ def ground(postgresql: PostgresServer, tmp_path_factory: pytest.TempPathFactory)
             stack.callback(worker.lose)
             worker.start()
         client = stack.enter_context(connect())
-        for pool in (federation.coordinator_pool, *SITES):
+        for pool in (federation.coordinator_pool, *WORKPLACES):
             awaited(lambda pool=pool: absence(client, pool) is None, f"a worker on {pool}", 120)  # type: ignore[misc]
         run = env.execute(builders.recipe(algorithm={"kind": "scaffold"}), run_id="proxied")
         digest = run.result(300).model_digest
@@ -160,6 +167,23 @@ def test_a_training_through_the_proxy_has_the_same_bytes(ground: Ground) -> None
     for site in SITES:
         assert any("steps on" in line for line in ground.env.attach(ground.run).logs(site)), site
         assert "Traceback" not in ground.logs[site], ground.logs[site]
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [{"kind": "swarm", "aggregators": ["site-2"]}, {"kind": "tree", "regions": {REGION: SITES}}],
+    ids=lambda s: s["kind"],
+)
+def test_a_round_that_is_aggregated_elsewhere_has_the_same_bytes(ground: Ground, schedule: Any) -> None:
+    """At a site, and at a region, by workers that have the credentials of a workplace and no more."""
+    recipe = builders.recipe(schedule=schedule, rounds=1)
+    run = ground.env.execute(recipe, run_id=schedule["kind"])
+    run.result(300)
+    assert builders.bits(run.journal) == builders.bits(builders.run(recipe, sites=SITES))
+    who = {"swarm": "site-2", "tree": REGION}[schedule["kind"]]
+    assert run.journal.store.list(f"sites/{who}/{run.id}/aggregated")
+    done = find_runs(ground.client, run_tag(run.journal.record().nonce), states=list(StateType))
+    assert {r.state_type for r in done} == {StateType.COMPLETED}
 
 
 # -- routes ------------------------------------------------------------------------------------------------------------

@@ -110,6 +110,34 @@ def test_a_configuration_with_an_unknown_field_is_refused_and_the_coordinator_is
     assert said.startswith("refused ") and "statee: unknown field" in said
 
 
+REFUSED = {
+    "data": (
+        {"data": ["/nowhere/images"]},
+        "data: found '/nowhere/images', expected a file or folder that can be read",
+    ),
+    "key": ({"key": "key"}, "key: found 'ed25519:"),
+    "a server": ({}, f"api_url: found {NOWHERE!r}, expected a Prefect API that answers"),
+}
+
+
+@pytest.mark.parametrize(("fields", "said"), REFUSED.values(), ids=REFUSED)
+def test_what_keeps_a_worker_from_starting_is_said_there_and_to_the_coordinator(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], fields: dict[str, Any], said: str
+) -> None:
+    """Data that cannot be read, a key that the federation does not know, a server that does not answer."""
+    if "key" in fields:
+        fields = {"key": str(tmp_path / "own")}
+        pinned = PrivateKey.create(tmp_path / "pinned").public, PrivateKey.create(tmp_path / "own").public
+        sites = [FederationSite(name="site-1", key=pinned[0])]
+        publish_federation(ObjectStore(str(tmp_path / "store")), Federation(sites=sites))
+    here = config(tmp_path, **fields).model_dump(mode="json", exclude_defaults=True)
+    (tmp_path / "site.yaml").write_text(yaml.safe_dump(here))
+    assert main(["site", "start", "--config", str(tmp_path / "site.yaml"), "--wait", "0"]) == 2
+    assert said in capsys.readouterr().err
+    told = read_start(ObjectStore(str(tmp_path / "store")), "site-1")
+    assert told.startswith("refused ") and said[:60] in told
+
+
 def test_what_a_site_says_is_shown_within_bounds(tmp_path: Path) -> None:
     """It may be long, hostile, or no record at all."""
     here, store = config(tmp_path), ObjectStore(str(tmp_path / "store"))
@@ -137,7 +165,7 @@ def test_a_second_worker_of_a_site_is_refused_and_seen_at_the_coordinator(
             assert then == "stops" and "another worker of doubled on this machine, process " in text
         client.send_worker_heartbeat("doubled", "doubled@elsewhere", heartbeat_interval_seconds=30)
         text, then = found(here)["name"]
-        assert then == "waits" and "on elsewhere, seen 0 s ago" in text
+        assert then == "waits" and "another worker of doubled on elsewhere, seen " in text
     (tmp_path / "site.yaml").write_text(yaml.safe_dump(here.model_dump(mode="json", exclude_defaults=True)))
     (tmp_path / "federation.yaml").write_text(yaml.safe_dump(federation.model_dump(mode="json", exclude_defaults=True)))
     start = command("site", "start", "--config", tmp_path / "site.yaml", "--wait", 0)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
 import yaml
@@ -23,11 +24,20 @@ from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.states import Cancelling, Crashed, Pending
 
 from fedflow import __version__
+from fedflow.engine import close_round, next_step, open_round, site_step, start_run, survey
+from fedflow.engine.site import SiteWork
+from fedflow.engine.starts import read_start
+from fedflow.flows.aggregation import aggregation
+from fedflow.flows.site import local_training as training
 from fedflow.prefect.api import Taker
 from fedflow.prefect.deploy import deploy_federation
 from fedflow.prefect.pace import Pace
 from fedflow.prefect.sites import LAST, deployed_sites, look
-from fedflow.recipe import Federation
+from fedflow.prefect.worker import resident
+from fedflow.recipe import DEVICES, Federation, SiteConfig
+from fedflow.store.objects import ObjectStore
+from fedflow.store.records import FederationRecord, utc_now
+from tests.builders import recipe
 from tests.deployed import ROOT, Worker, awaited
 from tests.servers import PrefectServer
 
@@ -40,7 +50,7 @@ HERE = "tests.prefect.test_worker"
 @flow(name="fedflow-site", persist_result=False)
 def local_training(file: str, mebibytes: int = 0, hangs: bool = False) -> None:
     """A site's own flow: writes who runs it, holds memory, hangs."""
-    Path(file).write_text(f"{os.getpid()} {os.getppid()}")
+    Path(file).write_text(f"{os.getpid()} {os.getppid()} {os.environ.get(DEVICES)}")
     held = os.urandom(1 << 20) * mebibytes
     if hangs or held:
         threading.Event().wait()
@@ -114,18 +124,83 @@ def test_a_site_runs_its_own_flow_and_nothing_else(
         assert not stolen.exists() and not other.exists()
 
 
+ASKED = {"run": "there", "round": 0, "phase": "train", "opening": 1}
+AT_A_SITE = {**ASKED, "attempt": 1, "site": "guarded-1"}
+A_SHARE = {**ASKED, "share": "round", "workplace": "guarded-1"}
+DECEITFUL: list[tuple[Flow[Any, Any], dict[str, Any], str]] = [
+    (training, {**AT_A_SITE, "run": "../sites/other/there"}, "run: found '../sites/other/there', expected"),
+    (training, {**AT_A_SITE, "run": "/etc"}, "run: found '/etc', expected"),
+    (training, {**AT_A_SITE, "run": "file:///etc"}, "run: found 'file:///etc', expected"),
+    (training, {**AT_A_SITE, "run": "there\nforged"}, r"run: found 'there\nforged', expected"),
+    (training, {**AT_A_SITE, "phase": "train/../../../../.."}, "phase: found 'train/../../../../..', expected"),
+    (training, {**AT_A_SITE, "after": "blake3:../../../other"}, "after: found 'blake3:../../../other', expected"),
+    (training, {**AT_A_SITE, "site": "../other"}, "site: found '../other', expected 'guarded-1'"),
+    (training, {**AT_A_SITE, "round": "0/../../.."}, "round"),
+    (training, {**AT_A_SITE, "run": {"path": "there"}}, "run"),
+    (training, {**AT_A_SITE, "workload": "os:system"}, "got an unexpected keyword argument 'workload'; expected run, "),
+    (training, ASKED, "missing a required argument: 'attempt'"),
+    (training, {**AT_A_SITE, "run": {"$ref": {"block_document_id": str(UUID(int=1))}}}, "a reference to a block"),
+    (aggregation, {**A_SHARE, "run": "../public/there"}, "run: found '../public/there', expected"),
+    (aggregation, {**A_SHARE, "workplace": "/other"}, "workplace: found '/other', expected 'guarded-1'"),
+    (aggregation, {**A_SHARE, "share": "region-../../other"}, "share: found 'region-../../other', expected"),
+]
+
+
+def test_a_site_does_nothing_with_parameters_that_fedflow_would_not_send(
+    client: SyncPrefectClient, prefect_api: PrefectServer, tmp_path: Path
+) -> None:
+    """Names that lead elsewhere, other types, others than there are: each run fails saying which, and no file is read for it, or written."""
+    store, log = ObjectStore(str(tmp_path / "store")), tmp_path / "site.log"
+    journal = start_run(store, "there", recipe(), ["guarded-1"])
+    step = next_step(journal, journal.recipe())
+    assert step is not None
+    plan, opening = open_round(journal, step)
+    state = {"name": "guarded-1", "store": store.url, "state": str(tmp_path / "state")}
+    site_step(SiteWork("there", 0, "train"), SiteConfig.load(state))
+    close_round(journal, plan, opening, survey(journal, plan), why="every site answered")
+    before = every_file(tmp_path)
+    with site("guarded-1", prefect_api, tmp_path, flow=None, log={"path": str(log)}) as worker:
+        starts = {flow.name: deploy(client, "guarded-1", flow) for flow in (training, aggregation)}
+        runs = [starts[flow.name](**parameters) for flow, parameters, _ in DECEITFUL]
+        for run, (_, parameters, why) in zip(runs, DECEITFUL, strict=True):
+            seen = ended(client, run)
+            assert seen.state_type in (StateType.FAILED, StateType.CRASHED), (parameters, worker.log.read_text())
+            assert seen.state is not None and why in str(seen.state.message), (parameters, seen.state.message)
+    own = {"guarded-1.yaml", "guarded-1.log", "site.log", "store/sites/guarded-1/_start.json"}
+    assert every_file(tmp_path) - before <= own
+    assert not [line for line in log.read_text().splitlines() if line.startswith("forged")]
+
+
+def every_file(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
 def test_a_trainer_that_holds_too_much_memory_is_killed_and_says_why(
     client: SyncPrefectClient, prefect_api: PrefectServer, tmp_path: Path
 ) -> None:
+    """And it sees no more devices than its site's owner lets it."""
     file = tmp_path / "held"
-    with site("small", prefect_api, tmp_path, memory_limit="900MiB") as worker:
+    with site("small", prefect_api, tmp_path, limits={"memory": "900MiB", "gpus": 1}) as worker:
         start = deploy(client, "small", local_training)
         assert ended(client, start(file=str(file))).state_type == StateType.COMPLETED, worker.log.read_text()
+        assert file.read_text().split()[2] == os.environ.get(DEVICES, "0").split(",")[0]
         run = ended(client, start(file=str(file), mebibytes=1000))
         assert run.state_type == StateType.CRASHED and run.state is not None, worker.log.read_text()
-        assert "expected at most this site's memory_limit, 900 MiB" in str(run.state.message)
+        assert "expected at most 900 MiB, this site's limits.memory" in str(run.state.message)
         await_end(int(file.read_text().split()[0]))
         assert ended(client, start(file=str(file))).state_type == StateType.COMPLETED  # the worker goes on
+
+
+def test_the_memory_of_what_a_trainer_started_counts_in_whatever_group() -> None:
+    """As a script's processes are in one of their own."""
+    held = "import sys; held = bytes(range(256)) * 400_000; print(flush=True); sys.stdin.read()"
+    starts = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {held!r}], start_new_session=True)"
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", starts], stdin=pipe, stdout=pipe, start_new_session=True) as trainer:
+        assert trainer.stdout is not None and trainer.stdout.readline()
+        assert resident(trainer.pid) > 256 * 400_000
+        trainer.communicate()
+    assert resident(trainer.pid) == 0
 
 
 @pytest.mark.parametrize("start_by", ["fork", "spawn"])
@@ -149,7 +224,7 @@ def test_a_trainer_is_forked_or_spawned_and_ends_when_its_flow_run_is_cancelled(
 def begun(file: Path) -> tuple[int, int]:
     """The process that runs the site's flow, once it does, and its parent."""
     awaited(lambda: file.exists() and bool(file.read_text()), "the site's flow begins")
-    trainer, server = (int(n) for n in file.read_text().split())
+    trainer, server = (int(n) for n in file.read_text().split()[:2])
     return trainer, server
 
 
@@ -204,8 +279,8 @@ def test_a_worker_that_comes_back_looks_after_a_trainer_that_outlived_it(
 def test_sites_are_shown_with_their_worker_version_and_last_rounds(
     client: SyncPrefectClient, prefect_api: PrefectServer, tmp_path: Path
 ) -> None:
-    """`fedflow sites`: one that works, and one of which nobody was ever seen."""
-    federation = Federation(sites=["shown", "never-started"])  # type: ignore[list-item]
+    """`fedflow sites`: one that works, one of which nobody was ever seen, and a region whose aggregation waits for a worker."""
+    federation = Federation(sites=["shown", "never-started"], regions=["a-region"])  # type: ignore[list-item]
     deploy_federation(client, federation)
     tags = ["fedflow", "site:shown"]
     deployment = client.read_deployment_by_name("fedflow-site/shown")
@@ -218,17 +293,24 @@ def test_sites_are_shown_with_their_worker_version_and_last_rounds(
             given = {"file": str(tmp_path / "file"), **parameters}
             run = client.create_flow_run_from_deployment(deployment.id, parameters=given, name=name, tags=tags)
             ended(client, run)
-        seen = {status.site: status for status in look(client, federation.sites)}
-    assert "shown" in [found.name for found in deployed_sites(client)]
+        region = client.read_deployment_by_name("fedflow-aggregation/a-region")
+        given = {"run": "r", "round": 0, "phase": "train", "opening": 1, "share": "a-region", "workplace": "a-region"}
+        of = ["fedflow", "workplace:a-region"]
+        client.create_flow_run_from_deployment(region.id, parameters=given, name="r · round 000 · a-region", tags=of)
+        seen = {status.site: status for status in look(client, federation.workplaces)}
+        command = [sys.executable, "-m", "fedflow.cli", "sites", "shown", "--json"]
+        environment = {**os.environ, **prefect_api.env, "PYTHONPATH": str(ROOT)}
+        printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    deployed = [found.name for found in deployed_sites(client)]
+    assert {"shown", "a-region"} <= set(deployed) and len(set(deployed)) == len(deployed)
+    assert seen["a-region"].doing == ("r · round 000 · a-region (Scheduled)",)
+    assert seen["a-region"].absent == "no worker on work pool 'a-region'"
     shown, never = seen["shown"], seen["never-started"]
     assert shown.absent is None and shown.seen is not None and shown.failures == 1
     assert shown.took == Taker.here()
     assert [line.partition(":")[0] for line in shown.rounds] == ["r · round 001", "r · round 000"]
     assert shown.rounds[1] == "r · round 000: Completed" and shown.rounds[0].startswith("r · round 001: Failed: ")
     assert never.absent == "no worker on work pool 'never-started'" and never.seen is None and never.rounds == ()
-    command = [sys.executable, "-m", "fedflow.cli", "sites", "shown", "--json"]
-    environment = {**os.environ, **prefect_api.env, "PYTHONPATH": str(ROOT)}
-    printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     (row,) = json.loads(printed)
     assert (row["site"], row["worker"], row["failures"]) == ("shown", "there", f"1 of the last {LAST}")
 
@@ -237,11 +319,18 @@ FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
 
 
 @pytest.mark.skipif(FAKETIME is None, reason="needs Debian's faketime")
-def test_a_site_whose_clock_is_wrong_says_so(prefect_api: PrefectServer, tmp_path: Path) -> None:
+def test_a_site_whose_clock_or_version_is_wrong_says_so(prefect_api: PrefectServer, tmp_path: Path) -> None:
+    """And another version of fedflow than the coordinator's: neither keeps it from starting, both reach the coordinator."""
+    store, said = ObjectStore(str(tmp_path / "store")), "s behind the Prefect server's"
+    record = FederationRecord(name="f", at=utc_now(), fedflow="0.0.0", sites=["early"])
+    store.put("public/_federation/f.json", record.to_bytes())
     with site("early", prefect_api, tmp_path) as worker:
         worker.lose()
         worker.start(LD_PRELOAD=str(FAKETIME), FAKETIME="-1h", FAKETIME_DONT_FAKE_MONOTONIC="1")
-        awaited(lambda: b"s behind the Prefect server's" in worker.log.read_bytes(), worker.log.read_text())
+        awaited(lambda: said in read_start(store, "early"), worker.log.read_text())
+        awaited(lambda: said.encode() in worker.log.read_bytes(), worker.log.read_text())
+    told = read_start(store, "early")
+    assert told.startswith("started ") and "expected 0.0.0, the coordinator's" in told
 
 
 def test_another_version_is_said() -> None:

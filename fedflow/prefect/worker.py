@@ -31,7 +31,7 @@ import anyio.to_thread
 import prefect
 from prefect import Flow
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.objects import TERMINAL_STATES, FlowRun, StateType
 from prefect.events import emit_event
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import (
@@ -346,9 +346,11 @@ def run_at_site(asked: dict[str, Any], line: Line) -> None:
 
 
 def tell(line: Line, ended: StateType) -> None:
-    """Say to the worker how the flow run ended; to nobody, where the worker was killed meanwhile."""
-    with contextlib.suppress(ConnectionError):
-        line.send({"state": str(ended)})
+    """Say to the worker how the flow run ended, if it did: one that is cancelled before it begins is the worker's to end. To nobody,
+    where the worker was killed meanwhile."""
+    if ended in TERMINAL_STATES:
+        with contextlib.suppress(ConnectionError):
+            line.send({"state": str(ended)})
 
 
 def log_to_file(config: SiteConfig, parameters: Mapping[str, Any] | None = None) -> None:

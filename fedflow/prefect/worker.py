@@ -31,7 +31,7 @@ import anyio.to_thread
 import prefect
 from prefect import Flow
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.objects import TERMINAL_STATES, FlowRun, StateType
 from prefect.events import emit_event
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import (
@@ -353,7 +353,9 @@ def run_in_child(asked: dict[str, Any], line: Line) -> None:
     settings = {} if asked["csrf"] else {PREFECT_CLIENT_CSRF_SUPPORT_ENABLED: False}  # every new client would ask
     if flow_run.state_type not in STOPPED:
         with held(str(flow_run.id)), temporary_settings(settings), private.engine(suspends=True), private.all_sent():
-            tell(line, {"state": str(private.run(flow, flow_run))})
+            ended = private.run(flow, flow_run)
+        if ended in TERMINAL_STATES:  # one that is cancelled before it begins is the worker's to end
+            tell(line, {"state": str(ended)})
 
 
 def run_at_site(asked: dict[str, Any], line: Line) -> None:
@@ -369,7 +371,9 @@ def run_at_site(asked: dict[str, Any], line: Line) -> None:
         private.all_sent(),
         private.own_engine(private.site_client(), flow_run, csrf=asked["csrf"]),
     ):
-        tell(line, {"state": str(private.run(flow, flow_run))})
+        ended = private.run(flow, flow_run)
+        if ended in TERMINAL_STATES:  # one that is cancelled before it begins is the worker's to end
+            tell(line, {"state": str(ended)})
 
 
 def tell(line: Line, how: Mapping[str, str]) -> None:

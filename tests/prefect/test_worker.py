@@ -74,7 +74,8 @@ def site(name: str, prefect_api: PrefectServer, home: Path, **fields: Any) -> It
     given = {"name": name, "store": str(home / "store"), "state": str(home / "state"), "flow": f"{HERE}:local_training"}
     config.write_text(yaml.safe_dump(given | fields))
     command = [sys.executable, "-m", "fedflow.cli", "site", "start", "--config", str(config)]
-    environment = {**os.environ, **prefect_api.env, "PYTHONPATH": str(ROOT), "PREFECT_WORKER_QUERY_SECONDS": "1"}
+    environment = {**os.environ, **prefect_api.env, "PREFECT_WORKER_QUERY_SECONDS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(home)])
     worker = Worker(name, command, environment, home / f"{name}.log")
     worker.start()
     try:
@@ -219,6 +220,39 @@ def test_a_trainer_is_forked_or_spawned_and_ends_when_its_flow_run_is_cancelled(
         client.set_flow_run_state(run.id, Cancelling())
         assert ended(client, run).state_type == StateType.CANCELLED
         await_end(trainer)
+
+
+LATE = """
+import time
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+def __getattr__(name):
+    if name != "local_training":
+        raise AttributeError(name)
+    (HERE / "taken").touch()
+    while not (HERE / "goes-on").exists():
+        time.sleep(0.05)
+    from tests.prefect.test_worker import local_training
+
+    return local_training
+"""
+
+
+def test_a_flow_run_that_is_cancelled_between_its_taking_and_its_beginning_is_cancelled(
+    client: SyncPrefectClient, prefect_api: PrefectServer, tmp_path: Path
+) -> None:
+    """Its process has not got its flow yet, then sees that it may not begin, and ends well: it has no state of its own to tell."""
+    (tmp_path / "late.py").write_text(LATE)
+    with site("late", prefect_api, tmp_path, flow="late:local_training") as worker:
+        run = deploy(client, "late", local_training)(file=str(tmp_path / "who"))
+        awaited((tmp_path / "taken").exists, "the flow run is taken")
+        client.set_flow_run_state(run.id, Cancelling())
+        (tmp_path / "goes-on").touch()
+        assert ended(client, run).state_type == StateType.CANCELLED, worker.log.read_text()
+    assert not (tmp_path / "who").exists()
 
 
 def begun(file: Path) -> tuple[int, int]:

@@ -354,8 +354,7 @@ def run_in_child(asked: dict[str, Any], line: Line) -> None:
     if flow_run.state_type not in STOPPED:
         with held(str(flow_run.id)), temporary_settings(settings), private.engine(suspends=True), private.all_sent():
             ended = private.run(flow, flow_run)
-        if ended in TERMINAL_STATES:  # one that is cancelled before it begins is the worker's to end
-            tell(line, {"state": str(ended)})
+        tell_end(line, ended)
 
 
 def run_at_site(asked: dict[str, Any], line: Line) -> None:
@@ -371,13 +370,17 @@ def run_at_site(asked: dict[str, Any], line: Line) -> None:
         private.all_sent(),
         private.own_engine(private.site_client(), flow_run, csrf=asked["csrf"]),
     ):
-        ended = private.run(flow, flow_run)
-        if ended in TERMINAL_STATES:  # one that is cancelled before it begins is the worker's to end
-            tell(line, {"state": str(ended)})
+        tell_end(line, private.run(flow, flow_run))
+
+
+def tell_end(line: Line, ended: StateType) -> None:
+    """Say to the worker how the flow run ended, if it did: one that is cancelled before it begins is the worker's to end."""
+    if ended in TERMINAL_STATES:
+        tell(line, {"state": str(ended)})
 
 
 def tell(line: Line, how: Mapping[str, str]) -> None:
-    """Say to the worker how the flow run ended; to nobody, where the worker was killed meanwhile."""
+    """Say something to the worker; to nobody, where it was killed meanwhile."""
     with contextlib.suppress(ConnectionError):
         line.send(how)
 

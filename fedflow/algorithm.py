@@ -455,6 +455,11 @@ class Schedule(Described):
         """Regional aggregators that it names: each has a work pool, and none is a site."""
         return ()
 
+    @property
+    def closing(self) -> tuple[str, int] | None:
+        """How many updates a round waits for, behind the field that says it; None where that depends on who is there."""
+        return None
+
     def objections(self, recipe: Any) -> list[str]:
         """What speaks against this schedule in `recipe`: each names the field and the fix."""
         return []

@@ -507,11 +507,11 @@ class Recipe(Described):
             problems.append(
                 f"min_sites ({self.min_sites}) must not exceed quorum ({self.quorum}); raise quorum or lower min_sites"
             )
-        wanted = getattr(self.schedule, "sites_per_round", None)
+        closes, wanted = self.schedule.closing or ("schedule", None)
         if self.quorum is not None and wanted is not None and self.quorum > wanted:
-            problems.append(f"quorum ({self.quorum}) must not exceed schedule.sites_per_round ({wanted}); lower quorum")
+            problems.append(f"quorum ({self.quorum}) must not exceed {closes} ({wanted}); lower quorum")
         least = self.algorithm.least_updates
-        for field, given in (("quorum", self.quorum), ("schedule.sites_per_round", wanted)):
+        for field, given in (("quorum", self.quorum), (closes, wanted)):
             if given is not None and given < least:
                 problems.append(
                     f"{field} ({given}) must be at least {least}, which algorithm.reduction needs; raise it"

@@ -56,6 +56,10 @@ class Sampled(Schedule):
             raise ValueError("give exactly one of sites_per_round and fraction")
         return self
 
+    @property
+    def closing(self) -> tuple[str, int] | None:
+        return None if self.sites_per_round is None else ("schedule.sites_per_round", self.sites_per_round)
+
     def _wanted(self, federation: int) -> int:
         if self.sites_per_round is not None:
             return self.sites_per_round
@@ -97,8 +101,8 @@ class Cyclic(Schedule):
         return self.sites or ()
 
     @property
-    def sites_per_round(self) -> int:
-        return 1
+    def closing(self) -> tuple[str, int]:
+        return "schedule", 1
 
     def plan(self, round: int, view: FederationView, seed: int) -> RoundPlan:
         turn = self.sites or sorted(view)
@@ -154,8 +158,8 @@ class Buffered(Schedule):
         return self
 
     @property
-    def sites_per_round(self) -> int:
-        return self.size
+    def closing(self) -> tuple[str, int]:
+        return "schedule.size", self.size
 
     def plan(self, round: int, view: FederationView, seed: int) -> RoundPlan:
         online = [site for site in sorted(view) if view[site].online]
@@ -203,8 +207,9 @@ class _Aggregated(Schedule):
         return self.cohort.invited
 
     @property
-    def sites_per_round(self) -> int | None:
-        return getattr(self.cohort, "sites_per_round", None)
+    def closing(self) -> tuple[str, int] | None:
+        found = self.cohort.closing
+        return found and (found[0].replace("schedule", "schedule.cohort", 1), found[1])
 
 
 class Swarm(_Aggregated):

@@ -76,7 +76,7 @@ def _as_many_as_needed(recipe: Recipe) -> list[str]:
         recipe.quorum,
         recipe.min_sites,
         recipe.algorithm.least_updates,
-        getattr(recipe.schedule, "sites_per_round", None),
+        recipe.schedule.closing[1] if recipe.schedule.closing else None,
     )
     missing = max(number or 0 for number in wanted) - len(recipe.named_sites)
     return sorted(recipe.named_sites) + [f"unnamed-{i}" for i in range(missing)]

@@ -141,15 +141,10 @@ def check_sites(recipe: Recipe, sites: Sequence[SiteId]) -> None:
             expected = f"{least} to {most} with algorithm {recipe.algorithm.kind}"
             fix = "name them in schedule.sites"
             raise UserError(field_error("schedule", f"{asked} sites a round", expected, fix))
-    wanted = getattr(recipe.schedule, "sites_per_round", None)
-    if wanted is not None and wanted > len(sites):
-        expected = f"at most {len(sites)}, the sites of the federation"
-        raise UserError(field_error("schedule", f"{wanted} updates a round", expected, "lower it, or add sites"))
     if both := sorted(set(recipe.schedule.regional) & set(sites)):
         raise UserError(field_error("schedule.regions", both, "names that are no sites", "rename the regions"))
-    sampled = getattr(recipe.schedule, "sites_per_round", None)
-    counts = {"quorum": recipe.quorum, "min_sites": recipe.min_sites, "schedule.sites_per_round": sampled}
-    for name, wanted in counts.items():
+    counts = [("quorum", recipe.quorum), ("min_sites", recipe.min_sites), recipe.schedule.closing or ("schedule", None)]
+    for name, wanted in counts:
         if wanted is not None and wanted > len(sites):
             expected = f"at most {len(sites)}, the sites of the federation"
             raise UserError(field_error(name, wanted, expected, f"lower {name}, or add sites"))

@@ -164,5 +164,5 @@ def test_an_update_that_is_too_old_does_not_count(tmp_path: Path) -> None:
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"concurrency \(1\) must be at least size \(2\)"):
         recipe(**BUFFERED | {"schedule": {"kind": "buffered", "size": 2, "concurrency": 1}})
-    with pytest.raises(RecipeError, match=r"quorum \(3\) must not exceed schedule.sites_per_round \(2\)"):
+    with pytest.raises(RecipeError, match=r"quorum \(3\) must not exceed schedule.size \(2\)"):
         recipe(**BUFFERED, quorum=3)

@@ -231,7 +231,7 @@ def test_an_answer_that_cannot_travel_says_why(kind: str, told: str) -> None:
         (
             {"schedule": {"kind": "sampled", "sites_per_round": 4}},
             UserError,
-            "schedule: found '4 updates a round', expected at most 3",
+            "schedule.sites_per_round: found 4, expected at most 3",
         ),
         (
             {"schedule": {"kind": "everyone", "sites": ["site-9"]}},

@@ -75,5 +75,5 @@ def test_an_absent_site_is_passed_over_as_long_as_enough_are_there(tmp_path: Pat
 
 
 def test_a_quorum_of_more_than_the_one_site_is_refused() -> None:
-    with pytest.raises(RecipeError, match=r"quorum \(2\) must not exceed schedule.sites_per_round \(1\)"):
+    with pytest.raises(RecipeError, match=r"quorum \(2\) must not exceed schedule \(1\)"):
         recipe(**CYCLIC, quorum=2)

@@ -87,10 +87,13 @@ def written_state(
     write: False: they say what would be written
     """
     store, objects = journal.store if write else None, dict[int, ObjectRef]()
-    public = _write_groups(store, f"{journal.public}/objects", algorithm.broadcast(state, following), objects)
+    broadcast, groups = (
+        algorithm.broadcast(state, following),
+        algorithm.model(state),
+    )  # both kept, so that ids stay theirs
+    public = _write_groups(store, f"{journal.public}/objects", broadcast, objects)
     record = write_state(store, f"{journal.server}/objects", state, objects)
     objects |= {id(tensors): record.tensors[field] for field, tensors in tensor_fields(state).items()}
-    groups = algorithm.model(state)
     return {
         "state": record,
         "model": _write_groups(store, f"{journal.server}/objects", groups, objects),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import sys
 from dataclasses import dataclass, replace
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,12 +27,13 @@ from fedflow.engine import (
     start_run,
     survey,
 )
+from fedflow.engine.aggregation import commit_initial, read_model
 from fedflow.engine.site import SiteWork
 from fedflow.errors import FedflowError
 from fedflow.recipe import SiteConfig
 from fedflow.store.journal import Journal
 from fedflow.store.objects import ObjectStore
-from fedflow.store.records import Closing, Plan, UpdateManifest
+from fedflow.store.records import Closing, Plan, RunRecord, UpdateManifest, utc_now
 from fedflow.types import Aggregate, Groups, RoundContext, Tensors, Update
 from tests.builders import SITES, head, keys, recipe, run
 
@@ -306,3 +309,45 @@ def test_metrics_are_weighted_over_the_sites_that_have_them() -> None:
 
 def test_a_recipe_without_evaluation_has_none() -> None:
     assert evaluate_model(recipe(), {}) == {}
+
+
+class Names(dict[str, Any]):
+    """Of a size of its own, so that one lies where another one was."""
+
+    __slots__ = ("other",)
+
+
+class Anew(FedAvg):
+    """What sites and what people see is put together when it is asked for, in memory that was something else's if it can be."""
+
+    def broadcast(self, state: ModelState, phase: str) -> Groups:
+        found = {
+            group: Names({f"seen.{n}": t for n, t in tensors.items()}) for group, tensors in self.model(state).items()
+        }
+        places[:] = [id(names) for names in found.values()]
+        return found
+
+    def model(self, state: ModelState) -> Groups:
+        gc.collect()
+        groups, kept = super().model(state), [Names() for _ in range(100)]
+        free = [names for names in kept if id(names) in places]
+        found = {group: free.pop() if free else Names() for group in groups}
+        for group, tensors in groups.items():
+            found[group].update(tensors)
+        return found
+
+
+places: list[int] = []
+
+
+def test_an_object_is_not_taken_for_another_that_lay_at_its_place_in_memory(tmp_path: Path) -> None:
+    journal = Journal(ObjectStore(str(tmp_path)), "run")
+    fields = recipe().model_dump(mode="json")
+    journal.create(RunRecord(fedflow="", run="run", nonce="1", created=utc_now(), recipe=fields, sites=SITES))
+    model = {"params": {"w": torch.ones(2)}, "frozen": {"f": torch.zeros(2)}, "buffers": {"b": torch.zeros(1)}}
+    committed = commit_initial(journal, Anew(), model)
+    assert {group: list(tensors) for group, tensors in read_model(journal, committed).items()} == {
+        "params": ["w"],
+        "frozen": ["f"],
+        "buffers": ["b"],
+    }

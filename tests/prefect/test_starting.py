@@ -46,7 +46,8 @@ def test_data_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "table.csv").touch()
     assert "data" not in found(here)
     files = {field: str(tmp_path / f"{field}.pem") for field in ("authority", "certificate", "private_key")}
-    assert "authority.pem" in found(config(tmp_path, tls=files))["tls"][0]
+    told = [p.text for p in examine(config(tmp_path, tls=files)) if p.text.startswith("tls: found")]
+    assert [path in text for path, text in zip(files.values(), told, strict=True)] == [True] * 3
 
 
 def test_a_state_that_cannot_be_written_is_named(tmp_path: Path) -> None:

@@ -87,10 +87,7 @@ def written_state(
     write: False: they say what would be written
     """
     store, objects = journal.store if write else None, dict[int, ObjectRef]()
-    broadcast, groups = (
-        algorithm.broadcast(state, following),
-        algorithm.model(state),
-    )  # both kept, so that ids stay theirs
+    broadcast, groups = algorithm.broadcast(state, following), algorithm.model(state)  # kept: their ids stay theirs
     public = _write_groups(store, f"{journal.public}/objects", broadcast, objects)
     record = write_state(store, f"{journal.server}/objects", state, objects)
     objects |= {id(tensors): record.tensors[field] for field, tensors in tensor_fields(state).items()}

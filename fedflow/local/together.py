@@ -87,9 +87,8 @@ def tls_context(tls: TLS, *, leads: bool) -> ssl.SSLContext:
             expected = "a file that not everybody may read"
             raise ResolveError(field_error("tls.private_key", tls.private_key, expected, f"chmod o= {tls.private_key}"))
         context.load_verify_locations(tls.authority)
-        context.load_cert_chain(
-            tls.certificate, tls.private_key, password=""
-        )  # which else is asked for at the terminal
+        # without a password OpenSSL asks for one at the terminal
+        context.load_cert_chain(tls.certificate, tls.private_key, password="")
     except OSError as error:
         expected = "PEM files that belong together, the key without a passphrase"
         fix = f"correct the site's configuration: {error}"

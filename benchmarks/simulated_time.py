@@ -41,6 +41,8 @@ ASYNCHRONOUS: Mapping[str, Mapping[str, Any]] = {
         "rounds": 100,
     },
 }
+LONGEST_ROUND = timedelta(hours=2)
+"""Of a week's."""
 Course = Sequence[tuple[float, float]]
 """(simulated seconds, accuracy) after every round."""
 
@@ -166,7 +168,7 @@ def week(args: argparse.Namespace) -> None:
         rounds=100_000,
         workload={"path": "benchmarks.tables.digits:Similar", "args": {"similarity": 1.0}},
         schedule={"kind": "sampled", "sites_per_round": 20, "over_selection": 1.3},
-        timeouts={"round_deadline": "2h", "quorum_grace": 0, "run_timeout": timedelta(days=args.days)},
+        timeouts={"round_deadline": LONGEST_ROUND, "quorum_grace": 0, "run_timeout": timedelta(days=args.days)},
     )
     committed: list[Manifest] = []
     began = time.monotonic()
@@ -192,6 +194,8 @@ def main() -> None:
     parser.add_argument("--week", action="store_true", help="how long a week of a thousand sites takes to simulate")
     parser.add_argument("--days", type=float, default=7.0)
     args = parser.parse_args()
+    if args.days <= LONGEST_ROUND / timedelta(days=1):
+        parser.error(f"--days: found {args.days}, expected more than a round may take, {LONGEST_ROUND}")
     if args.week:
         week(args)
         return

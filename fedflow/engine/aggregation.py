@@ -18,7 +18,7 @@ from fedflow.engine.outputs import Written
 from fedflow.engine.reduction import PartialReduction, Reduction, RegionalSum
 from fedflow.engine.shares import Share, reduced_of, shares
 from fedflow.engine.updates import Contributor
-from fedflow.errors import FedflowError, RoundError, UpdateInvalid
+from fedflow.errors import FedflowError, ObjectMissing, RoundError, UpdateInvalid
 from fedflow.local.model import build_model, load_groups
 from fedflow.local.numerics import applied
 from fedflow.local.workload import check_evaluator
@@ -334,8 +334,14 @@ def _site_records(
 
 # -- the model of a round ----------------------------------------------------------------------------------------------
 def read_model(journal: Journal, manifest: Manifest) -> dict[str, dict[str, Tensor]]:
-    """The global model that `manifest` commits, by group, verified."""
-    return {group: read_tensors(journal.store, ref) for group, ref in manifest.model.items()}
+    """The global model that `manifest` commits, by group, verified. Raises ObjectMissing where that round's is not kept."""
+    try:
+        return {group: read_tensors(journal.store, ref) for group, ref in manifest.model.items()}
+    except ObjectMissing as error:
+        raise ObjectMissing(
+            f"{manifest.run}: found no model of round {manifest.round}, expected one: it was removed by `fedflow store gc`, "
+            f"or a simulation with `journal_every` did not write it; choose another round, the last always has one ({error})"
+        ) from error
 
 
 class Evaluator:

@@ -715,7 +715,9 @@ class _Cloud:
         if re.search(r"http://(169\.254\.169\.254|metadata\.google)", told):
             return StoreUnwritable(f"{told}; found no credentials, expected them in the options or the environment")
         if isinstance(exc, found.PermissionDeniedError | found.UnauthenticatedError):
-            return StoreUnwritable(f"{told}; expected credentials that the store accepts for this")
+            return StoreUnwritable(
+                f"{told}; expected credentials that the store accepts for this, and a clock that is right"
+            )
         if isinstance(exc, found.PreconditionError):
             return StoreUnavailable(f"{told}; the object was replaced during the read: try again")
         if status == 416:

@@ -44,6 +44,10 @@ def test_gc_says_what_it_would_delete_and_deletes_it_when_told(ended: Project) -
 def test_what_gc_left_can_be_exported_and_gone_on_with(ended: Project) -> None:
     assert ended.call("store", "gc", RUN, "--delete", "--drop-best").code == 0
     assert ended.call("export", RUN, "model.safetensors").code == 0
+    gone = ended.call("export", RUN, "first.safetensors", "--round", "0")
+    assert gone.code != 0 and "Traceback" not in gone.err
+    assert f"{RUN}: found no model of round 0" in gone.err and "choose another round" in gone.err
+    assert not (ended.folder / "first.safetensors").exists()
     assert ended.call("resume", RUN, "--rounds", "4").code == 0
     assert ended.call("runs", "show", RUN, "--json").json["rounds"] == 4
 

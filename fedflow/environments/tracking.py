@@ -107,6 +107,7 @@ def _flow(run: Run, teller: _Teller, url: Path) -> Flow[..., Any]:
         flow_run_name=run.id,
         description="A simulation, all its rounds in one flow run.",
         persist_result=False,
+        result_serializer="json",
         validate_parameters=False,
     )
     def simulation(recipe: dict[str, Any], sites: int, store: str) -> State[Any]:

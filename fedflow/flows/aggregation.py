@@ -13,7 +13,12 @@ from fedflow.prefect.dispatch import AGGREGATION_FLOW
 from fedflow.recipe import SiteConfig
 
 
-@flow(name=AGGREGATION_FLOW, description="A share of a round's aggregation.", persist_result=False)
+@flow(
+    name=AGGREGATION_FLOW,
+    description="A share of a round's aggregation.",
+    persist_result=False,
+    result_serializer="json",
+)
 def aggregation(run: str, round: int, phase: str, opening: int, share: str, workplace: str) -> State[None]:
     """Reduce the updates that count, as the plan says, and put what comes of it into the store, below this workplace's prefix.
 

@@ -50,7 +50,13 @@ def _name() -> str:
     return f"{given['run']} · round {given['round']:03d}"
 
 
-@flow(name="fedflow-round", flow_run_name=_name, description="One federated round.", persist_result=False)
+@flow(
+    name="fedflow-round",
+    flow_run_name=_name,
+    description="One federated round.",
+    persist_result=False,
+    result_serializer="json",
+)
 def federated_round(
     run: str,
     round: int,

@@ -16,7 +16,12 @@ from fedflow.prefect.dispatch import SITE_FLOW
 from fedflow.recipe import SiteConfig
 
 
-@flow(name=SITE_FLOW, description="Local training at a site, for one round.", persist_result=False)
+@flow(
+    name=SITE_FLOW,
+    description="Local training at a site, for one round.",
+    persist_result=False,
+    result_serializer="json",
+)
 def local_training(
     run: str, round: int, phase: str, opening: int, attempt: int, site: str, after: str | None = None
 ) -> State[None]:

@@ -58,6 +58,7 @@ def _record_abort(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any]) ->
     flow_run_name=_run_id,
     description="A federated training: a recipe over a federation, round by round, from wherever it stands.",
     persist_result=False,
+    result_serializer="json",
     on_cancellation=[_stop_children, _record_abort],
     on_crashed=[_stop_children],
     on_failure=[_stop_children],

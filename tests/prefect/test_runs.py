@@ -120,7 +120,7 @@ def test_what_a_run_finds_besides_a_model_is_the_same_deployed_and_is_shown(poc:
 
 
 def test_nothing_that_prefect_keeps_is_pickled(poc: Poc) -> None:
-    """Parameters are JSON; no task or flow leaves a result behind."""
+    """Parameters are JSON; no task or flow leaves a result behind. What one that fails leaves: see the lost quorum."""
     run = poc.execute(builders.recipe(rounds=1), "plain")
     nonce = run.result(MINUTES).nonce
     with connect(poc.env.api_url) as client:
@@ -128,6 +128,11 @@ def test_nothing_that_prefect_keeps_is_pickled(poc: Poc) -> None:
         assert all(json.loads(json.dumps(r.parameters)) == r.parameters for r in runs)
         assert not [a for a in client.read_artifacts() if a.type == "result"]
     assert not list(Path(poc.env.server.home).glob("storage/*"))
+
+
+def kept_results(poc: Poc) -> list[dict[str, Any]]:
+    """What Prefect itself stored of flows and tasks: of those that fail, always the exception. Raises where it is not JSON."""
+    return [json.loads(path.read_text()) for path in Path(poc.env.server.home).glob("storage/*")]
 
 
 def test_a_round_closes_without_a_site_that_never_answers(poc: Poc, tmp_path: Path) -> None:
@@ -172,6 +177,7 @@ def test_a_lost_quorum_fails_the_run_and_a_resume_goes_on(poc: Poc, undisturbed:
         run.result(MINUTES)
     assert run.status() == "failed"
     assert [r.round for r in run.summary().rounds] == [0]
+    assert "fedflow.errors.QuorumLost" in {kept["__exc_type__"] for kept in kept_results(poc)}
     poc.heal()
     assert poc.env.resume(run.id).result(MINUTES).model_digest == undisturbed()["model"]
 

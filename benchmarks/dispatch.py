@@ -1,13 +1,13 @@
 """Deployed rounds without training: what dispatching costs, with Prefect's stock process workers and with fedflow's.
 
-    python -m benchmarks.dispatch [--sites 1 2 4 8] [--rounds 20] [--types process fedflow-site] [--out docs/tables]
+    python -m benchmarks.dispatch [--sites 1 2 4 8] [--rounds 20] [--stock-rounds 5] [--out docs/tables]
 
 A PocEnv for each: a real Prefect server (on PostgreSQL with the extra `poc`), a worker a site, the coordinator's, all on this
 machine. A site takes one step on a model of four numbers. Printed, a line each:
 seconds: of a round, from its plan to its commit: median, and 10th and 90th percentile; between: from one commit to the next;
 CPU seconds of a round: a site's worker and all that it started (mean of the sites); the coordinator's; server and database;
 requests: at the API, a round, of everybody together.
-The first round is not counted: it warms the workers.
+The first round is not counted: it warms the workers. Stock workers, which take a minute a round, are given fewer rounds.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def _seconds(journal: Journal, rounds: int) -> tuple[list[float], list[float]]:
     )
 
 
-def table(measured: Sequence[dict[str, Any]], rounds: int) -> str:
+def table(measured: Sequence[dict[str, Any]], options: argparse.Namespace) -> str:
     """Markdown, with its heading: a line a measurement."""
     head = [
         "sites",
@@ -160,10 +160,11 @@ def table(measured: Sequence[dict[str, Any]], rounds: int) -> str:
         spread, cpu = " … ".join(f"{s:.2f}" for s in m["10-90 %"]), m["CPU"]
         row = [m["sites"], m["workers"], f"{m['seconds']:.2f}", spread, f"{m['between']:.2f}"]
         rows.append([str(c) for c in (*row, cpu["site"], cpu["coordinator"], cpu["server"], m["requests"], quick)])
-    given = " ".join(map(str, dict.fromkeys(m["sites"] for m in measured)))
+    given = " ".join(map(str, options.sites))
     about = (
-        f"# Dispatch\n\n`python -m benchmarks.dispatch --sites {given} --rounds {rounds} --out docs/tables`: rounds without training "
-        "over real servers and workers, all on one machine; each figure is of a round, the seconds are medians. "
+        f"# Dispatch\n\n`python -m benchmarks.dispatch --sites {given} --rounds {options.rounds} --stock-rounds {options.stock_rounds} "
+        "--out docs/tables`: rounds without training over real servers and workers, all on one machine; each figure is of a round, "
+        f"the seconds are medians of {options.rounds} rounds, with Prefect's stock workers of {options.stock_rounds}. "
         f"{os.cpu_count()} cores. `process` is Prefect's stock worker.\n\n"
     )
     return about + markdown(head, rows)
@@ -183,18 +184,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sites", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--types", nargs="+", default=["process", "fedflow-site"])
+    parser.add_argument("--stock-rounds", type=int, default=5, metavar="N", help="0: no stock workers")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write dispatch.md and its plot there")
     options = parser.parse_args()
     QUIET["PREFECT_LOGGING_SERVER_LEVEL"] = "INFO"  # its access log is what counts the requests
     os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
     measured: list[dict[str, Any]] = []
     for sites in options.sites:
-        for kind in options.types:
+        for kind, rounds in (("process", options.stock_rounds), ("fedflow-site", options.rounds)):
+            if not rounds:
+                continue
             with tempfile.TemporaryDirectory() as home:
-                measured.append(measure(kind, sites, options.rounds, Path(home)))
+                measured.append(measure(kind, sites, rounds, Path(home)))
             print(json.dumps(measured[-1]), flush=True)
-    print(text := table(measured, options.rounds))
+    print(text := table(measured, options))
     if options.out:
         write(options.out, "dispatch", text, lambda axes: draw(axes, measured))
 

@@ -5,7 +5,7 @@
     python -m benchmarks.chaos --list
 
 A case holds where its run ends as it should, the model and the state have the bytes of a reference run with the same
-contributors in every round, only the sites that the case names trained more than once, and ten seconds later no process and
+contributors in every round, only the sites that the case names trained more than once, and ten seconds later (and as long as the API was gone) no process and
 no flow run of it is left. Exit code 1 where a case does not hold. Each algorithm has servers and workers of its own, on free
 ports of 127.0.0.1, which its cases share; `--at-once` algorithms are tried side by side, since a case mostly waits. Each
 trial that has ended is a line of `--results`, and the logs of one that does not hold are beside it: `--continue` tries only what does

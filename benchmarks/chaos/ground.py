@@ -165,6 +165,7 @@ class Trial:
         self.fault: Fault | None = None
         self.resumes = 0
         self.ends: Status = "finished"  # as which the run is to end
+        self.settles = GONE
         self._started = time.monotonic()
 
     # -- what a case does
@@ -251,7 +252,7 @@ class Trial:
             self.note(f"resumed {self.resumes} times" if self.resumes > 1 else "resumed")
         if status == "finished":
             self._compare()
-        self.nothing_left(GONE)
+        self.nothing_left(self.settles)
         return self.verdict
 
     def _compare(self) -> None:
@@ -285,6 +286,8 @@ class Trial:
                     self.expect(False, f"left after {seconds:.0f} s: {', '.join(left)}")
                     return
                 threading.Event().wait(0.2)
+        if (took := time.monotonic() - began) > GONE:
+            self.note(f"{took:.0f} s until the API knew of its end")
 
     def _left(self, client: SyncPrefectClient) -> list[str]:
         at_work = [f"process {p.pid} of {w.name}" for w in self.ground.deployed.workers for p in w.at_work()]

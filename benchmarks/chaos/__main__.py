@@ -165,6 +165,7 @@ def trial(ground: Ground, case: Case, algorithm: str, prefix: str = "") -> Verdi
         verdict = trial.give_up(error)
         ground.begin_anew()
     ground.heal()
+    ground.deployed.await_workers()  # after an outage their heartbeats come late, too
     return verdict
 
 

@@ -149,7 +149,7 @@ def draw(axes: Any, found: Mapping[str, Sequence[Course]], args: argparse.Namesp
     axes.set_ylabel("accuracy on held-out digits, %")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc="upper left")
 
 
 def week(args: argparse.Namespace) -> None:

@@ -312,7 +312,9 @@ def cancelled(phase: Phase) -> Callable[[Trial], None]:
         t.note(f"gone after {time.monotonic() - began:.1f} s")
         fault.release()
         status = t.run.status()
-        wanted = "finished" if phase == "evaluation" else "aborted"  # the last round is committed before it is evaluated
+        wanted = (
+            "finished" if phase == "evaluation" else "aborted"
+        )  # the last round is committed before it is evaluated
         t.expect(status == wanted, f"cancelled, the run is {status}")
         t.run = t.ground.env.resume(t.run.id)
         t.finish(resumes=0)

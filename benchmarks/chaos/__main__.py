@@ -92,8 +92,9 @@ def report(found: Found, options: argparse.Namespace) -> int:
 PAGE = """# The fault matrix
 
 `python -m benchmarks.chaos --out docs/tables`: two rounds over three sites, on a Prefect server with PostgreSQL, SeaweedFS as S3 and
-fedflow's workers, on one machine, the algorithms side by side. Seconds lost: more than an undisturbed run took there. Same bytes: model and
-state are those of `simulate()` with the same contributors.
+fedflow's workers, on one machine, the algorithms side by side. Seconds lost: more than an undisturbed run took there (a run of
+some 15 s on a machine whose load comes and goes: some seconds more or less say nothing). Same bytes: model and state are those of
+`simulate()` with the same contributors.
 
 {}"""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -14,6 +15,8 @@ from benchmarks.chaos.cases import CASES
 from benchmarks.chaos.ground import Verdict
 from benchmarks.tables.common import markdown
 
+NOTE = 160
+"""Characters of a note in the table."""
 Found = Mapping[tuple[str, str], Verdict]
 """(case, algorithm) -> how its newest trial went."""
 
@@ -69,8 +72,14 @@ def _row(case: str, verdicts: Sequence[Verdict | None]) -> list[str]:
         ", ".join(f"{site} ×{n}" if n > 1 else site for site, n in again.items()),
         *lost,
         _merged(bytes_[v.same] for v in tried),
-        "; ".join(notes).replace("|", "\\|"),
+        "; ".join(map(_short, notes)),
     ]
+
+
+def _short(note: str) -> str:
+    """For a cell: without the places of this trial, and not all of a long message."""
+    told = re.sub(r"\b(file|s3)://\S+", "…", note).replace("|", "\\|")
+    return told if len(told) <= NOTE else f"{told[: NOTE - 1].rstrip()}…"
 
 
 def _merged(words: Iterable[str]) -> str:

@@ -58,6 +58,7 @@ from fedflow.recipe import SiteConfig
 
 __all__ = ["CoordinatorWorker", "SiteWorker", "command", "credential", "environment", "start"]
 
+BUSY = 1.0  # seconds between two questions for more work, at least, while there is some
 LOOK = (1.0, 3.0)  # seconds between two looks whether a flow run is to be cancelled: at its beginning, later
 TICK = 0.5  # seconds between two looks how much memory a child holds
 STOPPED = (StateType.CANCELLING, StateType.CANCELLED)  # of a flow run that is not to run
@@ -79,6 +80,7 @@ class FlowWorker(private.FlowWorkerBase):
         self._server = self.fork_server()
         self._names: dict[UUID, str] = {}
         self._inherited = False
+        self._at_work = 0
 
     def fork_server(self) -> ForkServer:
         """What starts this worker's children."""
@@ -112,7 +114,7 @@ class FlowWorker(private.FlowWorkerBase):
                 taken += new
             if self.pace.mean() >= self.pace.longest:
                 return taken
-            await anyio.sleep(self.pace.wait())
+            await anyio.sleep(max(self.pace.wait(), BUSY if self._at_work else 0.0))
 
     async def _inherit(self) -> None:
         """Look after what a worker of this machine had taken that was killed: the server still takes it to be running."""
@@ -160,6 +162,7 @@ class FlowWorker(private.FlowWorkerBase):
             raise ResolveError(f"flow: found {name!r}, expected one of {sorted(flows)}; nothing else runs here")
         asked = {"flow": flows[name], "flow_run": flow_run.model_dump(mode="json"), "csrf": self.csrf}
         child = await anyio.to_thread.run_sync(self._server.fork, self.runs, asked)
+        self._at_work += 1
         try:
             why = await self._watch(child, flow_run)  # then killed: SIGTERM is a crash to Prefect's engine
         except anyio.get_cancelled_exc_class():
@@ -168,6 +171,7 @@ class FlowWorker(private.FlowWorkerBase):
                 await self.crashed(flow_run, STOPPED_TOO)
             raise
         finally:
+            self._at_work -= 1
             code = child.exit
             child.kill()
             remove(str(flow_run.id))

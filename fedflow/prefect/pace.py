@@ -16,11 +16,11 @@ IDLE = 5
 """Seconds between two questions of a worker where there has been no work for long."""
 
 
-PATIENCE = 5
-"""How many times what the API takes longer than it could is waited before it is asked again."""
+LATE = 0.07
+"""Seconds that an answer of a busy API takes longer than it could for which a second is waited; twice as many: four, and so on."""
 
-SATURATED = 30
-"""Seconds of such a wait, at most: longer than any other, or a hundred who ask would keep an API busy by asking."""
+CROWDED = 15
+"""Seconds of such a wait of a worker, at most: a hundred that ask every `IDLE` seconds would keep an API busy by asking."""
 
 
 @dataclass
@@ -28,12 +28,14 @@ class Pace:
     """Waits of `shortest` seconds right after the last work, then of a twentieth of the time since it, at most of `longest`.
 
     So what asking seldom adds to a round is at most a twentieth of it, and a long round costs the API few requests. Two
-    answers in a row that took longer than the quickest tell that the API is busy: then waits are `PATIENCE` times that at the
-    least, so that however many ask, it has time for other things.
+    answers in a row that took longer than the quickest tell that the API is busy: then waits grow with the square of that, so
+    that few are hardly slower for it, and of however many most wait, which leaves the API time for other things.
     """
 
     longest: float
     shortest: float = WORKING
+    crowded: float = 0.0
+    """Of a wait for a busy API, at most, where that is more than `longest`."""
     since: float = -math.inf
     quickest: float = math.inf
     """Seconds that the quickest answer took."""
@@ -55,7 +57,7 @@ class Pace:
     def mean(self) -> float:
         """Seconds to wait now."""
         usual = min(max((time.monotonic() - self.since) / 20, self.shortest), self.longest)
-        return max(usual, min(PATIENCE * self.busy, SATURATED))
+        return max(usual, min((self.busy / LATE) ** 2, max(self.longest, self.crowded)))
 
     def wait(self) -> float:
         """The same, a third more or less by chance, so that not all ask at once."""

@@ -52,7 +52,7 @@ from fedflow.engine.starts import report_start
 from fedflow.errors import FedflowError, ResolveError, UserError
 from fedflow.prefect import private
 from fedflow.prefect.api import OUTAGE
-from fedflow.prefect.pace import IDLE, Pace
+from fedflow.prefect.pace import CROWDED, IDLE, Pace
 from fedflow.prefect.starting import clock_problem, examine, worker_lock, worker_name
 from fedflow.recipe import SiteConfig
 
@@ -76,7 +76,7 @@ class FlowWorker(private.FlowWorkerBase):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.pace = Pace(float(PREFECT_WORKER_QUERY_SECONDS.value()))
+        self.pace = Pace(float(PREFECT_WORKER_QUERY_SECONDS.value()), crowded=CROWDED)
         self._server = self.fork_server()
         self._names: dict[UUID, str] = {}
         self._inherited = False

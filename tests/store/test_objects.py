@@ -238,8 +238,9 @@ class IsUsedMeanwhile(MemoryFileSystem):  # type: ignore[misc]
             self.steps.reset()
 
     def find(self, path: str, **kwargs: Any) -> Any:
-        for _ in self.store:
-            self._others()
+        for key in self.store:
+            if key.startswith(path):
+                self._others()
         return super().find(path, **kwargs)
 
     def cat_file(self, path: str, start: int | None = None, end: int | None = None, **kwargs: Any) -> Any:

@@ -16,7 +16,7 @@ IDLE = 5
 """Seconds between two questions of a worker where there has been no work for long."""
 
 
-LATE = 0.07
+LATE = 0.1
 """Seconds that an answer of a busy API takes longer than it could for which a second is waited; twice as many: four, and so on."""
 
 CROWDED = 15

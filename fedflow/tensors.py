@@ -95,7 +95,7 @@ class WeightedMean:
         self._total: dict[str, Tensor] = {}
         self._block: dict[str, Tensor] = {}
         self._spare: dict[str, Tensor] = {}  # sums of blocks that are closed: memory for the next one's
-        self._scratch = torch.empty(0, dtype=torch.float64)
+        self._scratch: Tensor | None = None
         self._weight: dict[str, float] = {}
         self._single: dict[str, Tensor | None] = {}
         self._dtype: dict[str, torch.dtype] = {}
@@ -189,7 +189,7 @@ class WeightedMean:
 
     def _add_scaled(self, total: Tensor, tensor: Tensor, weight: float) -> None:
         """total ← total + weight·tensor in float64, product and sum each rounded once; without temporaries of their size."""
-        if len(self._scratch) < min(_TILE, tensor.numel()):
+        if self._scratch is None or len(self._scratch) < min(_TILE, tensor.numel()):
             self._scratch = torch.empty(min(_TILE, tensor.numel()), dtype=torch.float64)
         exact = tensor.dtype == torch.float32 and float(weight).is_integer() and abs(weight) <= _EXACT
         if tensor.numel() <= _TILE:

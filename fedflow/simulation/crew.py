@@ -188,6 +188,9 @@ class Processes:
         self._broadcast, self._arena = _Shared(), _Shared()
         self._phases, self._specs = itertools.count(), itertools.count()
         self._spec: tuple[int, Spec, Spec] | None = None
+        self._layouts: tuple[Layout, ...] = ()
+        self._slots, self._slots_of = list[_Slot](), tuple[Any, ...]()
+        self._views, self._views_of = dict[str, Packed](), tuple[Any, ...]()
         self._failed_starts, self._seconds = 0, float("inf")  # of a site, in the newest answers
         self._together = recipe.numerics.deterministic == "fast"
         self._workers: list[_Worker] = []
@@ -210,9 +213,10 @@ class Processes:
         return _Worker(process, ours)
 
     def answers(self, phase: Phase, tasks: Sequence[Task]) -> Generator[Answers, None, None]:
-        space, slots = self._divided(Layout(phase.expects))
-        cohort = _Cohort(tasks, space, self._arena.of(slots * space.size), slots, len(self._workers))
-        told = self._published(phase, space)
+        sent, expected = self._layouts = self._laid_out(spec_of(phase.broadcast)), self._laid_out(phase.expects)
+        space, slots = self._divided(expected)
+        cohort = _Cohort(tasks, space, self._slots_in(space, slots), len(self._workers))
+        told = self._published(phase, sent, space)
         try:
             while cohort.waiting():
                 self._deal(cohort, told)
@@ -232,10 +236,23 @@ class Processes:
         space = _Space(layout, most)
         return space, max(workers + 1, min(SLOTS * workers, self._budget // space.size))
 
-    def _published(self, phase: Phase, space: _Space) -> _Told:
+    def _laid_out(self, spec: Spec) -> Layout:
+        """That of the phase before where it is the same."""
+        return next((layout for layout in self._layouts if layout.spec == spec), None) or Layout(spec)
+
+    def _slots_in(self, space: _Space, count: int) -> list[_Slot]:
+        """Those of the phase before where they are the same: tensors need not be made anew."""
+        of = space, count, self._arena.of(count * space.size)
+        if self._slots_of != of:
+            self._slots_of, self._slots = of, [space.at(of[2], number) for number in range(count)]
+        return self._slots
+
+    def _published(self, phase: Phase, of: Layout, space: _Space) -> _Told:
         """Let all workers see the broadcast."""
-        of = Layout(spec_of(phase.broadcast))
-        fill(of.views(self._broadcast.of(of.size)), phase.broadcast)
+        there = of, self._broadcast.of(of.size)
+        if self._views_of != there:
+            self._views_of, self._views = there, of.views(there[1])
+        fill(self._views, phase.broadcast)
         if self._spec is None or self._spec[1:] != (of.spec, space.layout.spec):
             self._spec = next(self._specs), of.spec, space.layout.spec
         place = (phase.run, phase.round, phase.phase, phase.num_sites)
@@ -256,9 +273,8 @@ class Processes:
         cohort.slot(unit).begin(_NOBODY)
         summed = unit.count == BLOCK and not unit.dead
         with suppress(OSError):
-            for message in told.to(worker):
-                worker.connection.send(message)
-            worker.connection.send(("unit", unit.slot, cohort.asked(unit), summed, unit.careful))
+            asked = ("unit", unit.slot, cohort.asked(unit), summed, unit.careful)
+            worker.connection.send([*told.to(worker), asked])
 
     def _receive(self, cohort: _Cohort, told: _Told) -> None:
         """At least one unit, or one death."""
@@ -358,14 +374,14 @@ class _Told:
 class _Cohort:
     """The tasks of a phase: which are dealt out, and which units have come back."""
 
-    def __init__(self, tasks: Sequence[Task], space: _Space, buffer: mmap.mmap, slots: int, workers: int) -> None:
-        self.tasks, self._space, self._buffer, self._workers = tasks, space, buffer, workers
-        self._free, self._dealt = list(range(slots)), deque[_Unit]()
+    def __init__(self, tasks: Sequence[Task], space: _Space, slots: Sequence[_Slot], workers: int) -> None:
+        self.tasks, self._space, self._slots, self._workers = tasks, space, slots, workers
+        self._free, self._dealt = list(range(len(slots))), deque[_Unit]()
         self._next = 0
         self._deaths: dict[int, int] = {}
 
     def slot(self, unit: _Unit) -> _Slot:
-        return self._space.at(self._buffer, unit.slot)
+        return self._slots[unit.slot]
 
     # -- out
     def waiting(self) -> bool:
@@ -489,13 +505,13 @@ def _work(connection: Any, recipe: str, sites: list[SiteId], parent: int) -> Non
     inbox: SimpleQueue[Any] = SimpleQueue()
     threading.Thread(target=_listen, args=(connection, inbox), daemon=True).start()
     while True:
-        kind, *message = inbox.get()
-        if kind == "spec":
-            work.layouts(*message)
-        elif kind == "phase":
-            work.phase(*message)
-        else:
-            connection.send(work.unit(*message))
+        for kind, *message in inbox.get():
+            if kind == "spec":
+                work.layouts(*message)
+            elif kind == "phase":
+                work.phase(*message)
+            else:
+                connection.send(work.unit(*message))
 
 
 def _listen(connection: Any, inbox: SimpleQueue[Any]) -> None:

@@ -89,16 +89,17 @@ def fill(views: Mapping[str, Packed], groups: Groups) -> dict[str, Tensors]:
     found: dict[str, Tensors] = {}
     with torch.no_grad():
         for group, tensors in groups.items():
-            there, whole = views[group], len(tensors) == len(views[group])
-            fewer: dict[str, Tensor] = {}
-            for name, tensor in tensors.items():
-                place = there[name]
-                if place.shape != tensor.shape:  # `TensorSpec.up_to`
-                    place, whole = place[: len(tensor)], False
-                fewer[name] = place
-            if fewer:
-                torch._foreach_copy_(list(fewer.values()), list(tensors.values()))
-            found[group] = there if whole else fewer
+            there, own = views[group], list(tensors.values())
+            places = [there[name] for name in tensors]
+            whole = len(own) == len(there)
+            if any(
+                place.shape != tensor.shape for place, tensor in zip(places, own, strict=True)
+            ):  # `TensorSpec.up_to`
+                places = [p if p.shape == t.shape else p[: len(t)] for p, t in zip(places, own, strict=True)]
+                whole = False
+            if own:
+                torch._foreach_copy_(places, own)
+            found[group] = there if whole else dict(zip(tensors, places, strict=True))
     return found
 
 

@@ -242,7 +242,7 @@ def write(out: Path, found: Sequence[Measured]) -> None:
     for measured in found:
         cells.setdefault(measured.key[:3], []).append(measured)
     out.mkdir(parents=True, exist_ok=True)
-    panels = list(dict.fromkeys((model, regime) for _, model, regime in cells))
+    panels = sorted({(model, regime) for _, model, regime in cells}, key=lambda p: (p[0], list(REGIMES).index(p[1])))
     parts = [_heading(found), *(_section(cells, *panel) for panel in panels), _targets(cells)]
     (out / "simulation.md").write_text("\n".join(parts))
     _draw(out, cells, panels)
@@ -326,8 +326,10 @@ def _draw(out: Path, cells: Mapping[Cell, list[Measured]], panels: Sequence[tupl
             else f"{panel[0].upper()}, 1000 sites × 50",
             xscale="log",
         )
+        axis.set_xticks([0.25, 0.5, 1, 2, 5, 10, 20], ["¼", "½", "1", "2", "5", "10", "20"])
+        axis.set_xticks([], minor=True)
+        axis.set_xlim(0.25, 40)
         axis.set_yticks(range(len(names)), names)
-        axis.margins(x=0.2)
     figure.supxlabel("whole process, × bare loop")
     for kind in ("svg", "png"):
         figure.savefig(out / f"simulation.{kind}", metadata={"Date": None} if kind == "svg" else None, dpi=110)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from math import prod
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["available", "fresh", "keep_freed", "settle", "tidy", "tidy_after"]
+__all__ = ["available", "fresh", "keep_freed", "seldom_searched", "settle", "tidy", "tidy_after"]
 
 
 def fresh(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -76,6 +76,23 @@ def settle() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+@contextmanager
+def seldom_searched() -> Iterator[None]:
+    """Have Python search for cycles after 50,000 new objects instead of 700. For a thread that keeps books of many sites, which are
+    made of what has no cycles, and for no training: cycles of one may hold large tensors.
+    """
+    before = gc.get_threshold()
+    if 0 < before[0] < _OBJECTS:
+        gc.set_threshold(_OBJECTS, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+
+
+_OBJECTS = 50_000
 
 
 def tidy_after(round: int, every: int) -> None:

@@ -12,7 +12,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cache, cached_property, partial
@@ -39,6 +39,7 @@ from fedflow.engine.rounds import (
 from fedflow.engine.updates import rebased
 from fedflow.engine.walk import one_thread, segments_of, sizes_of
 from fedflow.errors import FedflowError, QuorumLost, UpdateInvalid, UserError, field_error
+from fedflow.memory import seldom_searched
 from fedflow.recipe import Recipe
 from fedflow.simulation.book import Entry, SiteBook
 from fedflow.simulation.clock import EPOCH, Clock, Flight, Work, note_flights, noted_trace
@@ -145,7 +146,7 @@ def simulate(
             crew = OnRay(recipe, everyone, workers, budget=recipe.memory_budget)
         else:
             crew = Processes(recipe, everyone, count, budget=recipe.memory_budget)
-        with closing(crew):
+        with closing(crew), nullcontext() if backend == "debug" else seldom_searched():
             Simulation(journal, recipe, head, names, everyone, crew, on_commit, journal_every).run(book)
     return journal
 

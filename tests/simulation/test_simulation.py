@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import multiprocessing
 import os
@@ -118,6 +119,13 @@ def test_states_larger_than_a_pipe_holds_go_both_ways() -> None:
 def test_workloads_given_as_objects_are_those_of_the_recipe() -> None:
     given = simulate(recipe(), {site: Blobs(site) for site in SITES}, model=Tiny, backend="debug")
     assert bits(given) == bits(simulate(recipe(), SITES, backend="debug"))
+
+
+def test_the_interpreter_is_left_as_it_was() -> None:
+    """Meanwhile its garbage is seldom looked for: in books of many sites there is none."""
+    before, meanwhile = gc.get_threshold(), list[int]()
+    simulate(recipe(rounds=1), SITES, on_commit=lambda manifest: meanwhile.append(gc.get_threshold()[0]))
+    assert gc.get_threshold() == before and meanwhile == [50_000] != [before[0]]
 
 
 def test_objects_cannot_go_to_other_processes() -> None:

@@ -144,8 +144,8 @@ def test_a_round_closes_without_a_site_that_never_answers(poc: Poc, tmp_path: Pa
         "timeouts": {
             "round_deadline": 30,
             "quorum_grace": 29.9,
-            "train_timeout": 29.9,
-        },  # which begins later than the round
+            "train_timeout": 29.999,  # which begins later than the round, by what sending and forking take
+        },
     }
     run = poc.execute(builders.recipe(**fields), "straggler", fail_at("training", site="site-3", effect="hang"))
     summary = run.result(MINUTES)

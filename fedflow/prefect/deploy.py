@@ -104,5 +104,9 @@ def _deploy(
         return full
     # Not POST, though that is an upsert: it deletes the schedules and the concurrency limit that it is not given.
     merged = {"parameters": {**found.parameters, **(parameters or {})}, "tags": sorted({*found.tags, *tags})}
-    client.update_deployment(found.id, DeploymentUpdate(**fields, **merged))
+    wanted = {**fields, **merged}
+    if any(
+        getattr(found, field) != value for field, value in wanted.items()
+    ):  # a write that changes nothing is one all the same
+        client.update_deployment(found.id, DeploymentUpdate(**wanted))
     return full

@@ -78,6 +78,9 @@ def settle() -> None:
     gc.freeze()
 
 
+_OBJECTS = 50_000
+
+
 @contextmanager
 def seldom_searched() -> Iterator[None]:
     """Have Python search for cycles after 50,000 new objects instead of 700. For a thread that keeps books of many sites, which are
@@ -90,9 +93,6 @@ def seldom_searched() -> Iterator[None]:
         yield
     finally:
         gc.set_threshold(*before)
-
-
-_OBJECTS = 50_000
 
 
 def tidy_after(round: int, every: int) -> None:

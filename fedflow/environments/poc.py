@@ -48,6 +48,7 @@ CLIENT = {
     "PREFECT_CLIENT_MAX_RETRIES": "8",
     "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
 }
+
 QUESTIONS = 20
 """What all sites' workers together ask in a second where nothing happens, at most; each of them once a second at most."""
 

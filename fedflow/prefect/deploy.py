@@ -105,8 +105,6 @@ def _deploy(
     # Not POST, though that is an upsert: it deletes the schedules and the concurrency limit that it is not given.
     merged = {"parameters": {**found.parameters, **(parameters or {})}, "tags": sorted({*found.tags, *tags})}
     wanted = {**fields, **merged}
-    if any(
-        getattr(found, field) != value for field, value in wanted.items()
-    ):  # a write that changes nothing is one all the same
+    if any(getattr(found, field) != value for field, value in wanted.items()):
         client.update_deployment(found.id, DeploymentUpdate(**wanted))
     return full

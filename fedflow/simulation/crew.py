@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from queue import SimpleQueue
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -38,6 +38,8 @@ from fedflow.types import Groups, SiteId, Spec, Update, spec_of
 __all__ = ["LIVES", "SLOTS", "Answers", "Crew", "Here", "Processes", "die_with", "died"]
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 LIVES = 3
 """Processes that may die over one site, or one after the other at their start."""
@@ -189,8 +191,6 @@ class Processes:
         self._phases, self._specs = itertools.count(), itertools.count()
         self._spec: tuple[int, Spec, Spec] | None = None
         self._layouts: tuple[Layout, ...] = ()
-        self._slots, self._slots_of = list[_Slot](), tuple[Any, ...]()
-        self._views, self._views_of = dict[str, Packed](), tuple[Any, ...]()
         self._failed_starts, self._seconds = 0, float("inf")  # of a site, in the newest answers
         self._together = recipe.numerics.deterministic == "fast"
         self._workers: list[_Worker] = []
@@ -214,8 +214,11 @@ class Processes:
 
     def answers(self, phase: Phase, tasks: Sequence[Task]) -> Generator[Answers, None, None]:
         sent, expected = self._layouts = self._laid_out(spec_of(phase.broadcast)), self._laid_out(phase.expects)
-        space, slots = self._divided(expected)
-        cohort = _Cohort(tasks, space, self._slots_in(space, slots), len(self._workers))
+        space, count = self._divided(expected)
+        slots = self._arena.laid(
+            (space, count), count * space.size, lambda buffer: [space.at(buffer, number) for number in range(count)]
+        )
+        cohort = _Cohort(tasks, space, slots, len(self._workers))
         told = self._published(phase, sent, space)
         try:
             while cohort.waiting():
@@ -240,19 +243,9 @@ class Processes:
         """That of the phase before where it is the same."""
         return next((layout for layout in self._layouts if layout.spec == spec), None) or Layout(spec)
 
-    def _slots_in(self, space: _Space, count: int) -> list[_Slot]:
-        """Those of the phase before where they are the same: tensors need not be made anew."""
-        of = space, count, self._arena.of(count * space.size)
-        if self._slots_of != of:
-            self._slots_of, self._slots = of, [space.at(of[2], number) for number in range(count)]
-        return self._slots
-
     def _published(self, phase: Phase, of: Layout, space: _Space) -> _Told:
         """Let all workers see the broadcast."""
-        there = of, self._broadcast.of(of.size)
-        if self._views_of != there:
-            self._views_of, self._views = there, of.views(there[1])
-        fill(self._views, phase.broadcast)
+        fill(self._broadcast.laid(of, of.size, of.views), phase.broadcast)
         if self._spec is None or self._spec[1:] != (of.spec, space.layout.spec):
             self._spec = next(self._specs), of.spec, space.layout.spec
         place = (phase.run, phase.round, phase.phase, phase.num_sites)
@@ -331,17 +324,22 @@ class Processes:
 
 
 class _Shared:
-    """A shared buffer that is made anew where it is too small."""
+    """A shared buffer that is made anew where it is too small, and what lies in it."""
 
     def __init__(self) -> None:
         self._buffer: SharedBuffer | None = None
+        self._what: Any = None
+        self._there: Any = None
 
-    def of(self, size: int) -> mmap.mmap:
-        """At least `size` bytes."""
+    def laid(self, what: Any, size: int, lay: Callable[[mmap.mmap], T]) -> T:
+        """`lay` of at least `size` bytes; of the same `what` as before, the same object, whose tensors need not be made anew."""
         if self._buffer is None or self._buffer.size < size:
             self.close()
-            self._buffer = SharedBuffer(size)
-        return self._buffer.map
+            self._buffer, self._what = SharedBuffer(size), None
+        if self._what != what:
+            self._what, self._there = what, lay(self._buffer.map)
+        found: T = self._there
+        return found
 
     @property
     def place(self) -> tuple[str, int]:

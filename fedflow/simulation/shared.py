@@ -91,15 +91,12 @@ def fill(views: Mapping[str, Packed], groups: Groups) -> dict[str, Tensors]:
         for group, tensors in groups.items():
             there, own = views[group], list(tensors.values())
             places = [there[name] for name in tensors]
-            whole = len(own) == len(there)
-            if any(
-                place.shape != tensor.shape for place, tensor in zip(places, own, strict=True)
-            ):  # `TensorSpec.up_to`
+            fit = all(place.shape == tensor.shape for place, tensor in zip(places, own, strict=True))
+            if not fit:  # `TensorSpec.up_to`
                 places = [p if p.shape == t.shape else p[: len(t)] for p, t in zip(places, own, strict=True)]
-                whole = False
             if own:
                 torch._foreach_copy_(places, own)
-            found[group] = there if whole else dict(zip(tensors, places, strict=True))
+            found[group] = there if fit and len(own) == len(there) else dict(zip(tensors, places, strict=True))
     return found
 
 

@@ -858,8 +858,9 @@ class _Fsspec:
         yield from _scattered([self.get_sized(key, start, start + sum(map(len, buffers)))], buffers)
 
     def size(self, key: str) -> int:
-        self._fs.invalidate_cache()
-        info = self._fs.info(f"{self._root}/{key}")
+        with self._lock:
+            self._fs.invalidate_cache()
+            info = self._fs.info(f"{self._root}/{key}")
         if info["type"] != "file":
             raise FileNotFoundError(errno.ENOENT, "not an object", key)
         return int(info["size"])

@@ -416,9 +416,8 @@ def test_who_asks_gives_a_busy_api_time() -> None:
     ):
         pace.answered(seconds)
         assert pace.mean() == pytest.approx(wait)
-    crowd = Pace(
-        longest=5, crowded=15
-    )  # a worker, of maybe a hundred: it waits longer than it does where there is nothing to do
+    # a worker, of maybe a hundred: it waits longer than it does where there is nothing to do
+    crowd = Pace(longest=5, crowded=15)
     for seconds, wait in ((0.25, 5.0), (0.55, 5.0), (0.55, 9.0), (9.0, 9.0), (9.0, 15.0), (0.25, 5.0)):
         crowd.answered(seconds)
         assert crowd.mean() == pytest.approx(wait)

@@ -208,19 +208,24 @@ class TestMemory(StoreConformance):
     def store(self) -> ObjectStore:
         return ObjectStore(f"memory://{uuid4().hex}")
 
+    def over(self, filesystem: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch) -> ObjectStore:
+        """An empty store in the memory of that one."""
+        monkeypatch.setattr(fsspec, "filesystem", lambda protocol: filesystem)
+        return ObjectStore(f"memory://{uuid4().hex}")
+
     def test_an_object_and_a_level_of_the_same_name_exclude_each_other(self, store: ObjectStore) -> None:
         store.put("a/b", b"")
         for key in ("a", "a/b/c"):
             with pytest.raises(StoreUnwritable, match="expected no"):
                 store.put(key, b"")
 
-    def test_a_create_looks_and_writes_under_a_lock(self, store: ObjectStore) -> None:
-        store._backend._fs = ChecksFirst()  # type: ignore[attr-defined]
+    def test_a_create_looks_and_writes_under_a_lock(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        store = self.over(ChecksFirst(), monkeypatch)
         self.test_of_racing_creators_exactly_one_wins_and_all_see_its_bytes(store, 1)
 
-    def test_threads_take_turns_at_listing_and_at_reading(self, store: ObjectStore) -> None:
+    def test_threads_take_turns_at_listing_and_at_reading(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        store = self.over(IsUsedMeanwhile(), monkeypatch)
         store.put("a", b"0123456789")
-        store._backend._fs = IsUsedMeanwhile()  # type: ignore[attr-defined]
         reads = together([store.list, lambda: store.get_range("a", 2, 5), lambda: store.get("a")])
         assert reads == [["a"], b"234", b"0123456789"]
 

@@ -113,15 +113,15 @@ class _ByKind:
     def find(self, kind: str, info: ValidationInfo | None = None) -> Any:
         if kind in self.builtin:
             return self.builtin[kind]
+        allowed = (info.context or {}).get("allowed_imports") if info else None
         if ":" not in kind:
-            found = load_entry_point(self.group, kind)
+            found = load_entry_point(self.group, kind, field="kind", allowed=allowed)
             if found is None:
                 known = sorted({*self.builtin, *entry_point_names(self.group)})
                 raise ResolveError(
                     field_error("kind", kind, f"one of {known} or an import path 'module:Class'", "correct the name")
                 )
         else:
-            allowed = (info.context or {}).get("allowed_imports") if info else None
             found = resolve(self.group, kind, field="kind", allowed=allowed)
         if not (isinstance(found, type) and issubclass(found, self.base)):
             raise ResolveError(field_error("kind", kind, f"a subclass of {self.base.__name__}", "correct the name"))
@@ -774,7 +774,8 @@ def _foreign(field: str, found: str, patterns: Sequence[str]) -> str | None:
 
 
 class SiteLimits(Described):
-    """How much a round may take at a site. Of one that takes more nothing is sent, and the coordinator is told why."""
+    """How much a round may take at a site. Of one that takes more nothing is sent, and the coordinator is told why; besides, how many
+    there may be at a time."""
 
     steps: Annotated[int, Field(ge=1, strict=True)] | None = None
     """Optimizer steps of a training."""
@@ -785,6 +786,8 @@ class SiteLimits(Described):
     gpus: Annotated[int, Field(ge=0, strict=True)] | None = None
     """CUDA devices that trainers see: the first so many of CUDA_VISIBLE_DEVICES, else of the machine's. With 0, a recipe that asks for
     `cuda` is refused."""
+    at_once: Annotated[int, Field(ge=1, strict=True)] | None = None
+    """Trainings and aggregations that run at the same time, of whatever runs; others wait their turn. Default: as many as are asked for."""
 
     def check_steps(self, steps: int) -> None:
         """Raises RecipeRefused where a training takes, or will take, more of them."""
@@ -830,8 +833,10 @@ class SiteConfig(Described):
     """URL of this site's own state; it never leaves the site."""
     pool: Name | None = None
     """Work pool. Default: the site's name."""
-    allowed_imports: list[str] | None = None
-    """Patterns of modules that a recipe may name ("mypackage.*"). Default: any that is installed here."""
+    allowed_imports: list[str] = []
+    """Patterns of modules whose classes and functions a recipe may name, and give any arguments ("mypackage.*"; "*": of all that is
+    installed here, which is as much as letting it run any program). Default: none. What `workloads` and `tasks` name, and fedflow's
+    own algorithms, need no permission."""
     workloads: dict[str, str] = {}
     """Short names for workloads: name -> import path."""
     tasks: dict[str, str] = {}

@@ -26,9 +26,11 @@ def entry_point_names(group: str) -> list[str]:
     return sorted({point.name for point in entry_points(group=f"fedflow.{group}")})
 
 
-def load_entry_point(group: str, name: str) -> Any | None:
-    """The object that an installed package offers as `name`, or None. Raises ResolveError where importing it fails."""
+def load_entry_point(group: str, name: str, *, field: str, allowed: Iterable[str] | None = None) -> Any | None:
+    """The object that an installed package offers as `name`, or None. Raises ResolveError where importing it fails, or where it is
+    of no module that is `allowed`."""
     for point in entry_points(group=f"fedflow.{group}", name=name):
+        _check_allowed(point.module, name, field, allowed)
         try:
             return point.load()
         except Exception as error:
@@ -43,13 +45,13 @@ def resolve(
 
     group:   entry point group without prefix ("workloads", "models")
     aliases: short name -> import path, from the site's own configuration; they are allowed by being there
-    allowed: patterns of modules that may be imported ("mypackage.*"); None = any
+    allowed: patterns of modules that may be imported ("mypackage.*"), by path or as an entry point; None = any
     Raises ResolveError naming `field`, what was looked for and the fix.
     """
     if aliases and name in aliases:
         return _import(aliases[name], field)  # the site's owner wrote it
     if ":" not in name:
-        found = load_entry_point(group, name)
+        found = load_entry_point(group, name, field=field, allowed=allowed)
         if found is not None:
             return found
         known = sorted({*(aliases or ()), *entry_point_names(group)})
@@ -67,8 +69,11 @@ def _check_allowed(module: str, name: str, field: str, allowed: Iterable[str] | 
     if module.partition(".")[0] in sys.stdlib_module_names:
         raise ResolveError(field_error(field, name, "code of an installed package", "name a class or factory of yours"))
     if allowed is not None and not any(fnmatchcase(module, pattern) for pattern in allowed):
-        fix = "let the site's owner add it to allowed_imports"
-        raise ResolveError(field_error(field, name, f"a module among {sorted(allowed)}", fix))
+        expected = (
+            f"a module among {sorted(allowed)}" if allowed else "a short name: this site lets a recipe name no module"
+        )
+        fix = f"let the site's owner add {module} to allowed_imports"
+        raise ResolveError(field_error(field, name, expected, fix))
 
 
 def _import(path: str, field: str) -> Any:

@@ -171,7 +171,13 @@ class Deployed:
         self.sites: dict[str, Worker] = {}
         for name in federation.names:
             config = home / f"{name}.yaml"
-            given = {"name": name, "store": store, "state": str(home / name), **identity.get(name, {})}
+            given = {
+                "name": name,
+                "store": store,
+                "state": str(home / name),
+                "allowed_imports": ["*"],
+                **identity.get(name, {}),
+            }
             given |= (fields or {}).get(name, {})
             config.write_text(yaml.safe_dump(given))
             start = [sys.executable, "-m", "fedflow.cli", "site", "start", "--config", str(config)]

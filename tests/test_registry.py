@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fedflow.errors import RecipeError, ResolveError
-from fedflow.recipe import Recipe
+from fedflow.recipe import Recipe, SiteConfig
 from fedflow.registry import call, entry_point_names, load_entry_point, resolve
 
 
@@ -55,11 +55,23 @@ def test_names_of_installed_packages_are_offered_where_a_name_is_wrong() -> None
 
 
 @pytest.mark.usefixtures("package")
+def test_a_package_that_is_not_allowed_is_not_imported_by_its_short_name_either() -> None:
+    with pytest.raises(
+        ResolveError, match=r"workload: found 'work', expected a short name.*let the site's owner add registered"
+    ):
+        resolve("workloads", "work", field="workload", allowed=[])
+    with pytest.raises(ValueError, match=r"found 'mine', expected a module among \['hospital'\]"):
+        Recipe.model_validate({**RECIPE, "algorithm": "mine"}, context={"allowed_imports": ["hospital"]})
+    assert "registered" not in sys.modules
+    assert resolve("workloads", "work", field="workload", allowed=["registered"]).__name__ == "Work"
+
+
+@pytest.mark.usefixtures("package")
 def test_an_entry_point_that_does_not_import_is_named() -> None:
-    assert load_entry_point("workloads", "work").__name__ == "Work"
-    assert load_entry_point("workloads", "nobody's") is None
+    assert load_entry_point("workloads", "work", field="workload").__name__ == "Work"
+    assert load_entry_point("workloads", "nobody's", field="workload") is None
     with pytest.raises(ResolveError, match=r"workloads 'broken': entry point registered\.none:Work failed to import"):
-        load_entry_point("workloads", "broken")
+        load_entry_point("workloads", "broken", field="workload")
 
 
 @pytest.mark.parametrize(
@@ -99,6 +111,19 @@ def test_only_allowed_modules_are_imported(tmp_path: Path, monkeypatch: pytest.M
         resolve("workloads", "fedflow.schedules:Everyone", field="workload", allowed=["fedflow.*"]).__name__
         == "Everyone"
     )
+
+
+def test_a_site_that_allows_no_module_imports_none() -> None:
+    """A recipe with a command, for instance: fedflow brings a workload that runs one."""
+    site = SiteConfig.load({"name": "a", "store": "/s", "state": "/a"})
+    name = "fedflow.local.script:ScriptWorkload"
+    with pytest.raises(
+        ResolveError, match=r"found 'fedflow\.local\.script:ScriptWorkload', expected a short name: this site lets"
+    ):
+        resolve("workloads", name, field="workload", aliases=site.workloads, allowed=site.allowed_imports)
+    with pytest.raises(ValueError, match="expected a short name"):
+        Recipe.model_validate({**RECIPE, "algorithm": "tests.builders:Leaning"}, context=site.context)
+    assert Recipe.model_validate({**RECIPE, "algorithm": "fedavg"}, context=site.context).algorithm.kind == "fedavg"
 
 
 def test_what_the_sites_owner_names_is_allowed_by_being_named() -> None:

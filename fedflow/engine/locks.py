@@ -28,14 +28,38 @@ def _path(name: str) -> Path:
 @contextlib.contextmanager
 def held(name: str) -> Iterator[None]:
     """Hold the lock of that name; a second process that asks for it waits."""
-    handle = os.open(_path(name), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    path = _path(name)
+    handle = _locked(path)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
         os.ftruncate(handle, 0)
         os.write(handle, str(os.getpid()).encode())
         yield
     finally:
+        if _is_at(path, handle):
+            path.unlink(missing_ok=True)
         os.close(handle)
+
+
+def _locked(path: Path) -> int:
+    """The file there, opened and locked; another one than before, if it was removed while this process waited."""
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            if _is_at(path, handle):
+                return handle
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)
+
+
+def _is_at(path: Path, handle: int) -> bool:
+    try:
+        there = path.lstat()
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(there, os.fstat(handle))
 
 
 def holder(name: str) -> int | None:
@@ -54,5 +78,5 @@ def holder(name: str) -> int | None:
 
 
 def remove(name: str) -> None:
-    """Forget a lock that nobody will ask for any more."""
+    """Forget a lock whose holder was killed, and that nobody will ask for any more."""
     _path(name).unlink(missing_ok=True)

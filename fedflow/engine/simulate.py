@@ -59,7 +59,13 @@ def simulate(
     given = dict(workloads) if isinstance(workloads, Mapping) else {}
     base = ObjectStore(state).url if state else f"{objects.url}-states"
     configs = {
-        s: SiteConfig(name=s, store=objects.url, store_options=dict(store_options or {}), state=f"{base}/{s}")
+        s: SiteConfig(
+            name=s,
+            store=objects.url,
+            store_options=dict(store_options or {}),
+            state=f"{base}/{s}",
+            allowed_imports=["*"],
+        )
         for s in workloads
     }
     journal = start_run(objects, run or f"{recipe.name}-{uuid.uuid4().hex[:8]}", recipe, sorted(configs))

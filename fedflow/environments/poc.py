@@ -300,6 +300,7 @@ class PocEnv(ProdEnv):
             store=self.federation.store,
             store_options=self.federation.store_options,
             state=ObjectStore(site.state or str(folder / "state")).url,
+            allowed_imports=["*"],  # its sites are their coordinator's user
             preload=sorted({r.path.partition(":")[0] for r in (recipe.workload, recipe.model) if ":" in r.path}),
         )
         path = folder / "site.yaml"

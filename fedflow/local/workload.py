@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
+from itertools import chain
 from typing import Any, Protocol, TypeGuard
 
 import torch
@@ -84,6 +85,7 @@ class TorchWorkload(ABC):
     def evaluate(self, model: nn.Module) -> Mapping[str, float]:
         """Metrics of `model` (in eval mode, no gradients) on this site's evaluation data; none by default.
 
+        The model is on the recipe's `numerics.device`; putting the data there is this method's part.
         Where they are means over other examples than the training's, a property `evaluated` says over how many.
         """
         return {}
@@ -138,7 +140,8 @@ class TensorWorkload(TorchWorkload):
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         if self.held_out is None:
             return {}
-        inputs, targets = self.held_out
+        there = next(chain(model.parameters(), model.buffers()), self.held_out[0]).device
+        inputs, targets = (tensor.to(there) for tensor in self.held_out)
         output = model(inputs)
         return {
             "loss": float(self._loss(output, targets)),

@@ -15,9 +15,10 @@ from collections.abc import Awaitable, Callable, Iterator
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from uuid import UUID
 
+import anyio
 import httpx
 import prefect.types._datetime
 from prefect import Flow, flow_engine
@@ -29,11 +30,11 @@ from prefect.events.worker import EventsWorker
 from prefect.exceptions import Abort, ObjectNotFound, PrefectHTTPStatusError
 from prefect.logging.handlers import APILogWorker, set_api_log_sink
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_KEY, PREFECT_API_URL, PREFECT_HOME
-from prefect.states import Pending
+from prefect.states import Crashed, Pending
 from prefect.utilities.engine import propose_state
 from prefect.workers.base import BaseJobConfiguration, BaseVariables, BaseWorker, BaseWorkerResult
 
-from fedflow.prefect.api import Taker
+from fedflow.prefect.api import OUTAGE, Taker
 
 __all__ = [
     "WRAPPED",
@@ -47,11 +48,12 @@ __all__ = [
     "site_client",
 ]
 
+T = TypeVar("T")
+
 WRAPPED = {
     "prefect.workers.base:BaseWorker.get_and_submit_flow_runs": "(self)",
     "prefect.workers.base:BaseWorker._get_scheduled_flow_runs": "(self)",
     "prefect.utilities.engine:propose_state": "(client, state, flow_run_id, force)",
-    "prefect.workers.base:BaseWorker._propose_crashed_state": "(self, flow_run, message, client)",
     "prefect.workers.base:BaseWorker._mark_flow_run_as_cancelled": "(self, flow_run, state_updates)",
     "prefect.workers.base:BaseWorker._release_limit_slot": "(self, flow_run_id)",
     "prefect.flow_engine:run_flow": "(flow, flow_run, parameters, wait_for, return_type, error_logger, context)",
@@ -221,6 +223,9 @@ class FlowWorkerResult(BaseWorkerResult):
     """identifier: the child's process id; status_code: its exit code."""
 
 
+AGAIN = 5.0  # seconds until an API that did not answer is asked again
+LAST_WORD = 30.0  # seconds that a worker which is stopped has to say so
+STOPPED_TOO = "its worker was stopped"
 _TAKEN = (StateType.PENDING, StateType.RUNNING, StateType.CANCELLING)
 
 
@@ -259,11 +264,7 @@ class FlowWorkerBase(BaseWorker[BaseJobConfiguration, BaseVariables, FlowWorkerR
         try:
             (self._notes() / str(flow_run.id)).touch()
             if await self._claim(flow_run):
-                try:
-                    await self.work_on(flow_run)
-                except Exception as error:
-                    self._logger.exception("%s", flow_run.name)
-                    await self._propose_crashed_state(flow_run, f"its worker could not run it: {error}")
+                await self._see_through(flow_run)
             self.forget(flow_run)
         finally:
             self._submitting_flow_run_ids.discard(flow_run.id)
@@ -272,15 +273,48 @@ class FlowWorkerBase(BaseWorker[BaseJobConfiguration, BaseVariables, FlowWorkerR
     async def _claim(self, flow_run: FlowRun) -> bool:
         """Take it, saying who does; False where somebody else has, or it is cancelled."""
         try:
-            state = await propose_state(self.client, Pending(message=str(Taker.here())), flow_run_id=flow_run.id)
+            with anyio.CancelScope(shield=True):  # else it might be taken, and nobody's
+                state = await propose_state(self.client, Pending(message=str(Taker.here())), flow_run_id=flow_run.id)
+            taken = state.is_pending()
         except Abort as abort:
             self._logger.info("%s is not taken: %s", flow_run.name, abort)
             return False
-        except Exception:  # the API does not answer: the flow run is still there when it does
-            self._logger.exception("%s is not taken", flow_run.name)
-            return False
+        except OUTAGE as error:
+            self._logger.warning("whether %s is taken is not known: %r", flow_run.name, error)
+            taken = await self._was_claimed(flow_run)
         flow_run.state = Pending()
-        return bool(state.is_pending())
+        return taken
+
+    async def _was_claimed(self, flow_run: FlowRun) -> bool:
+        """Whether the server has taken note of a claim that it did not answer."""
+        try:
+            seen = await self.patiently(lambda: self.client.read_flow_run(flow_run.id))
+            return seen.state_type == StateType.PENDING and await self.patiently(lambda: self._taken_here(seen))
+        except (ObjectNotFound, PrefectHTTPStatusError):
+            return False
+
+    async def _see_through(self, flow_run: FlowRun) -> None:
+        """Work on it; whatever prevents that crashes it."""
+        try:
+            await self.work_on(flow_run)
+        except anyio.get_cancelled_exc_class():
+            with anyio.move_on_after(LAST_WORD, shield=True):
+                await self.crashed(flow_run, STOPPED_TOO)
+            raise
+        except Exception as error:
+            self._logger.exception("%s", flow_run.name)
+            await self.crashed(flow_run, f"its worker could not run it: {error}")
+
+    async def patiently(self, ask: Callable[[], Awaitable[T]]) -> T:
+        """What `ask` returns, as soon as the API answers. Raises what the API answers."""
+        while True:
+            try:
+                return await ask()
+            except OUTAGE as error:
+                if isinstance(error, httpx.HTTPStatusError) and error.response.status_code < 500:
+                    raise
+                self._logger.warning("the API does not answer, it is asked again: %r", error)
+                await anyio.sleep(AGAIN)
 
     async def taken_before(self) -> list[FlowRun]:
         """Flow runs that are active, and that a worker of this work pool and machine has taken, as it noted down."""
@@ -341,12 +375,21 @@ class FlowWorkerBase(BaseWorker[BaseJobConfiguration, BaseVariables, FlowWorkerR
         return FlowWorkerResult(identifier=str(flow_run.id), status_code=await self.work_on(flow_run))
 
     async def crashed(self, flow_run: FlowRun, why: str) -> None:
-        """Say that it has ended without a word of its own."""
-        await self._propose_crashed_state(flow_run, why)
+        """Say that it has ended without a word of its own, as soon as the API answers: the server takes it to be running."""
+
+        async def say() -> None:
+            with contextlib.suppress(Abort, ObjectNotFound):  # it has ended, or is gone
+                if (await propose_state(self.client, Crashed(message=why), flow_run_id=flow_run.id)).is_crashed():
+                    self.get_flow_run_logger(flow_run).info("Crashed: %s", why)
+
+        try:
+            await self.patiently(say)
+        except PrefectHTTPStatusError:
+            self._logger.exception("%s: it could not be reported that it crashed: %s", flow_run.name, why)
 
     async def cancelled(self, flow_run: FlowRun, why: str) -> None:
-        """Say that it has been stopped."""
-        await self._mark_flow_run_as_cancelled(flow_run, {"message": why})
+        """Say that it has been stopped, as soon as the API answers."""
+        await self.patiently(lambda: self._mark_flow_run_as_cancelled(flow_run, {"message": why}))
 
     @property
     def csrf(self) -> bool:

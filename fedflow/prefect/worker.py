@@ -63,7 +63,6 @@ LOOK = (1.0, 3.0)  # seconds between two looks whether a flow run is to be cance
 TICK = 0.5  # seconds between two looks how much memory a child holds
 STOPPED = (StateType.CANCELLING, StateType.CANCELLED)  # of a flow run that is not to run
 CANCELLED = "cancelled"
-STOPPED_TOO = "its worker was stopped"
 
 
 class FlowWorker(private.FlowWorkerBase):
@@ -90,8 +89,8 @@ class FlowWorker(private.FlowWorkerBase):
         """What runs here: flow name -> "module:function"."""
         return self.flows
 
-    def too_large(self, child: Child) -> str | None:
-        """Why the child may not go on; None where it may."""
+    def too_large(self, group: int) -> str | None:
+        """Why that group of processes may not go on; None where it may."""
         return None
 
     async def setup(self) -> None:
@@ -126,22 +125,23 @@ class FlowWorker(private.FlowWorkerBase):
         """Stop its process where it is cancelled; once there is none, say that it has ended, unless it did so itself."""
         lock = str(flow_run.id)
         pid: int | None = None
+        why: str | None = None
         try:
             while (pid := await anyio.to_thread.run_sync(holder, lock)) is not None:
-                if await self._is_cancelling(flow_run.id):
+                if why := self.too_large(pid) or (CANCELLED if await self._is_cancelling(flow_run.id) else None):
                     stop(pid)
                 await anyio.sleep(LOOK[0])
         except anyio.get_cancelled_exc_class():
-            with anyio.CancelScope(shield=True):
-                stop(pid)
-                await self.crashed(flow_run, STOPPED_TOO)
+            stop(pid)
+            with anyio.move_on_after(private.LAST_WORD, shield=True):
+                await self.crashed(flow_run, private.STOPPED_TOO)
             raise
         remove(lock)
-        seen = await self.client.read_flow_run(flow_run.id)
+        seen = await self.patiently(lambda: self.client.read_flow_run(flow_run.id))
         if seen.state is None or not seen.state.is_final():
             name, flows = await self._name(flow_run), self.registered()
             if name in flows:
-                await self._ended(load(flows[name]), seen, None, None)
+                await self._ended(load(flows[name]), seen, None, why)
             else:
                 await self.crashed(seen, "its process was lost")
         self.forget(flow_run)
@@ -165,11 +165,6 @@ class FlowWorker(private.FlowWorkerBase):
         self._at_work += 1
         try:
             why = await self._watch(child, flow_run)  # then killed: SIGTERM is a crash to Prefect's engine
-        except anyio.get_cancelled_exc_class():
-            with anyio.CancelScope(shield=True):
-                child.kill()
-                await self.crashed(flow_run, STOPPED_TOO)
-            raise
         finally:
             self._at_work -= 1
             code = child.exit
@@ -186,7 +181,8 @@ class FlowWorker(private.FlowWorkerBase):
     async def _name(self, flow_run: FlowRun) -> str:
         """Of the flow."""
         if flow_run.flow_id not in self._names:
-            self._names[flow_run.flow_id] = (await self.client.read_flow(flow_run.flow_id)).name
+            flow = await self.patiently(lambda: self.client.read_flow(flow_run.flow_id))
+            self._names[flow_run.flow_id] = flow.name
         return self._names[flow_run.flow_id]
 
     async def _watch(self, child: Child, flow_run: FlowRun) -> str | None:
@@ -195,7 +191,7 @@ class FlowWorker(private.FlowWorkerBase):
         look, beat = time.monotonic() + looks.wait(), time.monotonic() + (frequency or math.inf)
         while not child.ended:
             await anyio.to_thread.run_sync(child.receive, max(min(look - time.monotonic(), TICK), 0.0))
-            if (why := self.too_large(child)) is not None:
+            if (why := self.too_large(child.pid)) is not None:
                 return why
             if time.monotonic() >= look and not child.ended:
                 look = time.monotonic() + looks.wait()
@@ -230,7 +226,7 @@ class FlowWorker(private.FlowWorkerBase):
         """The hooks that a killed process cannot run by itself."""
         if not hooks:
             return
-        seen = await self.client.read_flow_run(flow_run)
+        seen = await self.patiently(lambda: self.client.read_flow_run(flow_run))
         state = seen.state if seen.state is not None else Crashed()
         for hook in hooks:
             called = await anyio.to_thread.run_sync(partial(cast(Callable[..., object], hook), flow, seen, state))
@@ -274,7 +270,8 @@ class SiteWorker(FlowWorker):
         log_to_file(self.config)
         self._lock = worker_lock(PREFECT_API_URL.value() or "", self.config.work_pool)
         self._alone = held(self._lock)
-        super().__init__(*args, **kwargs)
+        given = [most for most in (kwargs.pop("limit", None), self.config.limits.at_once) if most is not None]
+        super().__init__(*args, limit=min(given, default=None), **kwargs)
 
     async def setup(self) -> None:
         """As every one of ours; and holds this machine's lock of its work pool, which ends with its process."""
@@ -290,9 +287,9 @@ class SiteWorker(FlowWorker):
         """The site's own flow, where its configuration names one, in place of fedflow's training."""
         return self.flows | ({"fedflow-site": self.config.flow} if self.config.flow else {})
 
-    def too_large(self, child: Child) -> str | None:
+    def too_large(self, group: int) -> str | None:
         limit = self.config.limits.memory
-        if limit is None or (held := resident(child.pid)) <= limit:
+        if limit is None or (held := resident(group)) <= limit:
             return None
         return f"killed: found {held >> 20} MiB in its processes, expected at most {limit >> 20} MiB, this site's limits.memory"
 

@@ -214,7 +214,8 @@ def _closed(journal: Journal, step: Any) -> tuple[Plan, Closing]:
     """A phase that every site has answered."""
     plan, opening = open_round(journal, step)
     for site in plan.tasks:
-        config = SiteConfig(name=site, store=journal.store.url, state=f"{journal.store.url}-states/{site}")
+        state = f"{journal.store.url}-states/{site}"
+        config = SiteConfig(name=site, store=journal.store.url, state=state, allowed_imports=["*"])
         site_step(SiteWork(plan.run, plan.round, plan.phase, opening.number), config, store=journal.store)
     return plan, close_round(journal, plan, opening, survey(journal, plan), why="every site answered")
 

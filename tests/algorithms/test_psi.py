@@ -50,7 +50,9 @@ def many(site: str) -> list[str]:
 
 
 def found_at(journal: Journal, site: str) -> list[str]:
-    config = SiteConfig(name=site, store=journal.store.url, state=f"{journal.store.url}-states/{site}")
+    config = SiteConfig(
+        name=site, store=journal.store.url, state=f"{journal.store.url}-states/{site}", allowed_imports=["*"]
+    )
     return common_items(config, journal.run)
 
 

@@ -216,7 +216,11 @@ def test_the_sites_own_configuration_goes_before_what_anybody_else_says(tmp_path
     assert step is not None
     plan, opening = open_round(journal, step)
     config = SiteConfig(
-        name="site-1", store=store.url, state=str(tmp_path / "state"), statistics=StatisticsPolicy(min_count=1000)
+        name="site-1",
+        store=store.url,
+        state=str(tmp_path / "state"),
+        allowed_imports=["*"],
+        statistics=StatisticsPolicy(min_count=1000),
     )
     site_step(SiteWork("statistics", 0, "summary", opening.number), config)
     assert survey(journal, plan).accepted.keys() == {"site-1"}

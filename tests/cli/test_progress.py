@@ -51,7 +51,10 @@ def standing(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
     amend_run(journal, rounds=5)
     open_round(journal, Step(2, "train"), absent={"site-3": "no worker"})
-    site_step(SiteWork("run", 2, "train"), SiteConfig(name="site-1", store=store.url, state=str(folder / "state")))
+    site_step(
+        SiteWork("run", 2, "train"),
+        SiteConfig(name="site-1", store=store.url, state=str(folder / "state"), allowed_imports=["*"]),
+    )
     return Run("run", store, Standing())  # type: ignore[arg-type]
 
 

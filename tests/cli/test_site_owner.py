@@ -14,7 +14,14 @@ from tests.cli.test_enrolling import site
 def here(project: Project) -> Project:
     """With a site's configuration, whose code is on its own python_path."""
     files = {name: str(project.folder / f"{name}.jsonl") for name in ("approved", "audit")}
-    site(project, python_path=[str(project.folder)], review={"approved": files["approved"]}, audit=files["audit"])
+    review = {"approved": files["approved"]}
+    site(
+        project,
+        python_path=[str(project.folder)],
+        allowed_imports=["points_workload"],
+        review=review,
+        audit=files["audit"],
+    )
     return project
 
 

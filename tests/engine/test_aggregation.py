@@ -48,7 +48,7 @@ def closed(folder: Path, number: int = 0, **fields: Any) -> tuple[Journal, Plan,
         plan, opening = open_round(journal, step)
         for site in SITES:
             work = SiteWork("run", step.round, plan.phase)
-            site_step(work, SiteConfig(name=site, store=store.url, state=str(folder / site)))
+            site_step(work, SiteConfig(name=site, store=store.url, state=str(folder / site), allowed_imports=["*"]))
         closing = close_round(journal, plan, opening, survey(journal, plan), why="every site answered")
         if step.round == number:
             return journal, plan, closing

@@ -68,7 +68,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Stored:
         journal.put_attempt(plan, Attempt(opening=1, site="site-1", attempt=1, key="k", at=utc_now()))
         work = SiteWork("run", 2, "train", opening.number)
         journal.put_failure(failure_of(work, "site-2", OSError("disk full")))
-        site_step(work, SiteConfig(name="site-1", store=store, state=f"{store}-states/site-1"))
+        site_step(work, SiteConfig(name="site-1", store=store, state=f"{store}-states/site-1", allowed_imports=["*"]))
     return Stored(journal, [ObjectStore(f"{store}-states/{site}") for site in SITES])
 
 

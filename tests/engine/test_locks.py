@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
-from fedflow.engine.locks import held, holder
+from fedflow.engine.locks import held, holder, remove
 from fedflow.errors import UserError
 
 
@@ -18,6 +21,40 @@ def test_a_lock_is_held_until_its_holder_lets_go(monkeypatch: pytest.MonkeyPatch
     with held("a"):
         assert holder("a") == os.getpid() and holder("b") is None
     assert holder("a") is None
+    assert not [*(tmp_path / f"fedflow-locks-{os.getuid()}").iterdir()]
+
+
+def test_a_lock_that_is_removed_while_somebody_waits_for_it_has_one_holder_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Who waited has the removed file, who comes then a new one."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    entered, leaves = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        with held("a"):
+            entered.set()
+            leaves.wait()
+
+    waiting = threading.Thread(target=wait)
+    with held("a"):
+        waiting.start()
+        while not WAITING.search(Path("/proc/locks").read_text()):
+            time.sleep(0.01)
+        remove("a")
+        newcomer = held("a")
+        newcomer.__enter__()
+    try:
+        assert not entered.wait(0.5)
+    finally:
+        newcomer.__exit__(None, None, None)
+        leaves.set()
+        waiting.join()
+    assert entered.is_set() and holder("a") is None
+
+
+WAITING = re.compile(rf"-> FLOCK +ADVISORY +WRITE {os.getpid()} ")
+"""A line of /proc/locks."""
 
 
 @pytest.mark.parametrize("how", ["open to all", "a link"])

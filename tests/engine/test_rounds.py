@@ -57,7 +57,9 @@ def opened(journal: Journal, **options: Any) -> tuple[Plan, Opening]:
 
 
 def answer(journal: Journal, plan: Plan, site: str, opening: int = 1, **options: Any) -> Any:
-    config = SiteConfig(name=site, store=journal.store.url, state=f"{journal.store.url}-states/{site}")
+    config = SiteConfig(
+        name=site, store=journal.store.url, state=f"{journal.store.url}-states/{site}", allowed_imports=["*"]
+    )
     return site_step(SiteWork("run", plan.round, plan.phase, opening), config, **options)
 
 

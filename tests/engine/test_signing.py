@@ -43,6 +43,7 @@ class Signed:
             "name": site,
             "store": self.store.url,
             "state": str(self.folder / "states" / site),
+            "allowed_imports": ["*"],
             "key": str(self.folder / f"{site}.key"),
             "coordinator_key": self.coordinator.public,
         }

@@ -30,7 +30,12 @@ KNOWS: dict[str, Any] = {"algorithm": {"kind": "scaffold"}, "training": {"optimi
 
 
 def config(folder: Path, site: str = "site-1", **fields: Any) -> SiteConfig:
-    given = {"name": site, "store": str(folder / "store"), "state": str(folder / "states" / site)}
+    given = {
+        "name": site,
+        "store": str(folder / "store"),
+        "state": str(folder / "states" / site),
+        "allowed_imports": ["*"],
+    }
     return SiteConfig.load(given | fields)
 
 

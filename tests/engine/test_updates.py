@@ -58,7 +58,9 @@ class Round:
         return self.journal.store
 
     def answer(self, site: str, opening: int = 1) -> UpdateManifest:
-        config = SiteConfig(name=site, store=self.store.url, state=str(self.folder / "states" / site))
+        config = SiteConfig(
+            name=site, store=self.store.url, state=str(self.folder / "states" / site), allowed_imports=["*"]
+        )
         return site_step(SiteWork("run", self.plan.round, self.plan.phase, opening), config)
 
     def sent(self, site: str = VICTIM) -> str:

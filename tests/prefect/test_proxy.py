@@ -129,7 +129,7 @@ def ground(postgresql: PostgresServer, tmp_path_factory: pytest.TempPathFactory)
         for name in WORKPLACES:
             config = home / f"{name}.yaml"
             given = {"name": name, "store": "s3://fedflow", "store_options": dict(federation.store_options)}
-            config.write_text(yaml.safe_dump({**given, "state": str(home / name)}))
+            config.write_text(yaml.safe_dump({**given, "state": str(home / name), "allowed_imports": ["*"]}))
             start = [sys.executable, "-m", "fedflow.cli", "site", "start", "--config", str(config)]
             environment = {**os.environ, **settings(name, f"{proxy.url}/sites/api", f"{name}:{proxy.keys[name]}")}
             workers.append(Worker(name, start, environment, home / f"{name}.log"))

@@ -45,7 +45,7 @@ def test_what_a_script_prints_is_in_the_runs_log(heard: Heard, monkeypatch: pyte
     step = next_step(journal, given)
     assert step is not None
     open_round(journal, step)
-    config = SiteConfig(name=SITES[0], store=journal.store.url, state=str(tmp_path / "state"))
+    config = SiteConfig(name=SITES[0], store=journal.store.url, state=str(tmp_path / "state"), allowed_imports=["*"])
     monkeypatch.setattr(SiteConfig, "here", lambda: config)
     before = logging.getLogger("fedflow").level, list(logging.getLogger("fedflow").handlers)
     training: Any = flow.local_training.fn

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -48,8 +49,12 @@ HERE = "tests.prefect.test_worker"
 
 
 @flow(name="fedflow-site", persist_result=False)
-def local_training(file: str, mebibytes: int = 0, hangs: bool = False) -> None:
-    """A site's own flow: writes who runs it, holds memory, hangs."""
+def local_training(file: str, mebibytes: int = 0, hangs: bool = False, alone: str | None = None) -> None:
+    """A site's own flow: writes who runs it, holds memory, hangs; fails where another one is at work in the folder `alone`."""
+    if alone:
+        Path(alone).mkdir()
+        threading.Event().wait(2)
+        Path(alone).rmdir()
     Path(file).write_text(f"{os.getpid()} {os.getppid()} {os.environ.get(DEVICES)}")
     held = os.urandom(1 << 20) * mebibytes
     if hangs or held:
@@ -71,7 +76,13 @@ def client(prefect_api: PrefectServer) -> Iterator[SyncPrefectClient]:
 def site(name: str, prefect_api: PrefectServer, home: Path, **fields: Any) -> Iterator[Worker]:
     """A site's worker, started by the documented command."""
     config = home / f"{name}.yaml"
-    given = {"name": name, "store": str(home / "store"), "state": str(home / "state"), "flow": f"{HERE}:local_training"}
+    given = {
+        "name": name,
+        "store": str(home / "store"),
+        "state": str(home / "state"),
+        "flow": f"{HERE}:local_training",
+        "allowed_imports": ["*"],
+    }
     config.write_text(yaml.safe_dump(given | fields))
     command = [sys.executable, "-m", "fedflow.cli", "site", "start", "--config", str(config)]
     environment = {**os.environ, **prefect_api.env, "PREFECT_WORKER_QUERY_SECONDS": "1"}
@@ -156,7 +167,7 @@ def test_a_site_does_nothing_with_parameters_that_fedflow_would_not_send(
     step = next_step(journal, journal.recipe())
     assert step is not None
     plan, opening = open_round(journal, step)
-    state = {"name": "guarded-1", "store": store.url, "state": str(tmp_path / "state")}
+    state = {"name": "guarded-1", "store": store.url, "state": str(tmp_path / "state"), "allowed_imports": ["*"]}
     site_step(SiteWork("there", 0, "train"), SiteConfig.load(state))
     close_round(journal, plan, opening, survey(journal, plan), why="every site answered")
     before = every_file(tmp_path)
@@ -190,6 +201,15 @@ def test_a_trainer_that_holds_too_much_memory_is_killed_and_says_why(
         assert "expected at most 900 MiB, this site's limits.memory" in str(run.state.message)
         await_end(int(file.read_text().split()[0]))
         assert ended(client, start(file=str(file))).state_type == StateType.COMPLETED  # the worker goes on
+
+
+def test_no_more_trainings_run_at_a_time_than_the_owner_allows(
+    client: SyncPrefectClient, prefect_api: PrefectServer, tmp_path: Path
+) -> None:
+    start = deploy(client, "narrow", local_training)
+    runs = [start(file=str(tmp_path / f"who-{n}"), alone=str(tmp_path / "alone")) for n in range(3)]
+    with site("narrow", prefect_api, tmp_path, limits={"at_once": 1}) as worker:
+        assert {ended(client, run).state_type for run in runs} == {StateType.COMPLETED}, worker.log.read_text()
 
 
 def test_the_memory_of_what_a_trainer_started_counts_in_whatever_group() -> None:
@@ -308,6 +328,43 @@ def test_a_worker_that_comes_back_looks_after_a_trainer_that_outlived_it(
         client.set_flow_run_state(run.id, Cancelling())
         assert ended(client, run).state_type == StateType.CANCELLED
         await_end(trainer)
+
+
+def test_a_trainer_that_outlived_its_worker_is_held_to_the_memory_that_its_owner_allows(
+    client: SyncPrefectClient, prefect_api: PrefectServer, tmp_path: Path
+) -> None:
+    file = tmp_path / "who"
+    with site("large", prefect_api, tmp_path) as worker:
+        run = deploy(client, "large", local_training)(file=str(file), mebibytes=300)
+        trainer, _ = begun(file)
+        worker.kill()
+        config = tmp_path / "large.yaml"
+        config.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | {"limits": {"memory": "100MiB"}}))
+        worker.start()
+        seen = ended(client, run)
+        assert seen.state_type == StateType.CRASHED and seen.state is not None, worker.log.read_text()
+        assert "expected at most 100 MiB, this site's limits.memory" in str(seen.state.message)
+        await_end(trainer)
+
+
+def test_what_ended_while_the_api_was_away_is_said_once_it_is_back(
+    client: SyncPrefectClient, prefect_api: PrefectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long it was away: else the server takes the flow run to be running for good."""
+    monkeypatch.setenv("PREFECT_CLIENT_MAX_RETRIES", "0")  # as if all of Prefect's own had been in vain
+    file = tmp_path / "who"
+    with site("unheard", prefect_api, tmp_path) as worker:
+        run = deploy(client, "unheard", local_training)(file=str(file), hangs=True)
+        trainer, _ = begun(file)
+        prefect_api.kill()
+        try:
+            os.kill(trainer, signal.SIGKILL)
+            awaited(lambda: "the API does not answer, it is asked again" in worker.log.read_text(), "nobody hears it")
+        finally:
+            prefect_api.start()
+        seen = ended(client, run)
+        assert seen.state_type == StateType.CRASHED and seen.state is not None, worker.log.read_text()
+        assert seen.state.message == "its process was ended by SIGKILL"
 
 
 def test_sites_are_shown_with_their_worker_version_and_last_rounds(

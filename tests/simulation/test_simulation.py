@@ -23,7 +23,7 @@ from fedflow.algorithms import FedAvg
 from fedflow.engine import simulate as reference
 from fedflow.engine.retention import check_run
 from fedflow.engine.summary import summarize
-from fedflow.errors import QuorumLost, SiteStateLost, UserError
+from fedflow.errors import QuorumLost, RoundError, SiteStateLost, UserError
 from fedflow.recipe import Recipe
 from fedflow.simulation.engine import simulate
 from fedflow.simulation.traces import Generated
@@ -32,7 +32,7 @@ from fedflow.store.objects import ObjectStore
 from fedflow.store.records import Manifest
 from fedflow.testing.faults import Fault, fail_at
 from fedflow.types import Aggregate, RoundContext
-from tests.builders import SITES, Blobs, Tiny, bits, head, recipe, trainings
+from tests.builders import SITES, Blobs, HeldOut, Tiny, bits, head, recipe, trainings
 
 UNEVEN: Mapping[str, Any] = {
     "rounds": 3,
@@ -453,16 +453,37 @@ def test_more_memory_than_there_is_is_said_before_anything_starts() -> None:
 
 
 class Stuck(FedAvg):
-    """Its server cannot."""
+    """Its server cannot do the second round."""
 
     def server_update(self, state: Any, aggregate: Aggregate, ctx: RoundContext) -> Any:
-        raise RuntimeError("no")
+        if ctx.round == 1:
+            raise RuntimeError("the sum is odd")
+        return super().server_update(state, aggregate, ctx)
 
 
-def test_an_algorithm_that_raises_at_the_server_leaves_no_process_behind() -> None:
+class Blind(HeldOut):
+    """It cannot be evaluated."""
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        raise RuntimeError("the sum is odd")
+
+
+@pytest.mark.parametrize(
+    ("fields", "round"),
+    [
+        ({"algorithm": "tests.simulation.test_simulation:Stuck"}, 1),
+        ({"evaluation": "tests.simulation.test_simulation:Blind"}, 0),
+    ],
+    ids=["update", "evaluation"],
+)
+def test_what_fails_at_the_server_names_run_and_round_and_leaves_no_process_behind(
+    fields: dict[str, Any], round: int
+) -> None:
     before = set(multiprocessing.active_children())
-    with pytest.raises(RuntimeError, match="no"):
-        simulate(recipe(algorithm="tests.simulation.test_simulation:Stuck"), SITES, workers=2)
+    told = f"^run odd, round {round}: the server's part failed: RuntimeError: the sum is odd$"
+    with pytest.raises(RoundError, match=told) as failed:
+        simulate(recipe(**fields), SITES, workers=2, run="odd")
+    assert isinstance(failed.value.__cause__, RuntimeError)
     assert set(multiprocessing.active_children()) <= before
 
 

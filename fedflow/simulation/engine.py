@@ -38,7 +38,7 @@ from fedflow.engine.rounds import (
 )
 from fedflow.engine.updates import rebased
 from fedflow.engine.walk import one_thread, segments_of, sizes_of
-from fedflow.errors import FedflowError, QuorumLost, RoundError, UpdateInvalid, UserError, field_error
+from fedflow.errors import FedflowError, QuorumLost, RoundError, UpdateInvalid, UserError, field_error, one_line
 from fedflow.memory import seldom_searched
 from fedflow.recipe import Recipe
 from fedflow.simulation.book import Entry, SiteBook
@@ -476,6 +476,8 @@ class Simulation:
                     reason = str(error)
             if sent is None or reason is not None:
                 done.excluded[answer.site] = reason or ""
+                place = answer.site, self.journal.run, done.step.round
+                log.warning("[%s] run %s, round %d: it does not count: %s", *place, one_line(reason or ""))
                 continue
             done.add(answer, sent.tensors)
             if answer.kept is not None:

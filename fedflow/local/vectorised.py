@@ -36,11 +36,14 @@ from fedflow.local.training import LocalTrainer, batches_of
 from fedflow.local.workload import evaluates
 from fedflow.types import MODEL_GROUPS, Groups, RoundContext, Tensors
 
-__all__ = ["Part", "Together", "train_together"]
+__all__ = ["FAILURES", "Part", "Together", "train_together"]
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+FAILURES = (Exception, SystemExit)
+"""What code of a site fails by: who calls sys.exit() there does not end a process that works for other sites, too."""
 
 _LARGEST = 16 << 20  # bytes of a model: in larger ones, a site's own step keeps a processor busy
 _KEPT = 8  # times the size of a model that is kept for a site, at most
@@ -103,7 +106,7 @@ class _Replay:
             self.found = self.part.run(self)
         except _Waits:
             pass
-        except Exception as error:
+        except FAILURES as error:
             self.found = error
 
     def _asked(self, wish: Wish) -> Any:
@@ -112,7 +115,7 @@ class _Replay:
             raise _Waits
         answer = self.answers[self.at]
         self.at += 1
-        if isinstance(answer, Exception):
+        if isinstance(answer, FAILURES):
             raise answer
         return answer
 
@@ -142,7 +145,7 @@ class Together:
     def __init__(self, *, quicker: bool | None = None) -> None:
         self.quicker, self._fewest = quicker, _FEWEST if quicker is None else 2
 
-    def run(self, parts: Sequence[Part[T]]) -> list[T | Exception]:
+    def run(self, parts: Sequence[Part[T]]) -> list[T | Exception | SystemExit]:
         """What each part returned or raised."""
         replays = [_Replay(part) for part in parts]
         waiting = replays
@@ -170,7 +173,7 @@ class Together:
                     self.quicker = _is_quicker(trainers, [wish for _, wish in wishes])
                 if self.quicker:
                     return list(train_together(trainers, [wish for _, wish in wishes]))
-            except Exception as error:  # of the user's code or of vmap: the loop says which
+            except FAILURES as error:  # of the user's code or of vmap: the loop says which
                 self.quicker = False
                 log.info("sites are trained one after the other: %s", str(error).split("\n", maxsplit=1)[0][:300])
         return [_alone(training, wish) for training, wish in wishes]
@@ -179,7 +182,7 @@ class Together:
 def _alone(training: Training, wish: Wish) -> Any:
     try:
         return wish.done(training)
-    except Exception as error:
+    except FAILURES as error:
         return error
 
 

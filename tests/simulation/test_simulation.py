@@ -344,6 +344,8 @@ class Failing(Blobs):
             return loss
         if self.broken.read_text() == "diverges":
             return loss * float("inf")
+        if self.broken.read_text() == "exits":
+            sys.exit("no licence left")
         raise RuntimeError("the disk is on fire")
 
 
@@ -358,6 +360,7 @@ def failing(tmp_path: Path, how: str, **fields: Any) -> Recipe:
     ("how", "reason"),
     [
         ("raises", r"training failed:\n.*RuntimeError: the disk is on fire"),
+        ("exits", r"training failed:\n.*SystemExit: no licence left"),
         ("diverges", r"not finite: \w+/\S+ \(\d+ of"),
     ],
 )

@@ -6,7 +6,6 @@ import heapq
 import logging
 import math
 import multiprocessing
-import os
 import queue
 import threading
 import time
@@ -39,13 +38,13 @@ from fedflow.engine.rounds import (
 from fedflow.engine.updates import rebased
 from fedflow.engine.walk import one_thread, segments_of, sizes_of
 from fedflow.errors import FedflowError, QuorumLost, RoundError, UpdateInvalid, UserError, field_error, one_line
-from fedflow.memory import seldom_searched
+from fedflow.memory import processors, seldom_searched
 from fedflow.recipe import Recipe
 from fedflow.simulation.book import Entry, SiteBook
 from fedflow.simulation.clock import EPOCH, Clock, Flight, Work, note_flights, noted_trace
 from fedflow.simulation.crew import Answers, Crew, Here, Processes
 from fedflow.simulation.needs import check_memory
-from fedflow.simulation.on_ray import OnRay, installed
+from fedflow.simulation.on_ray import OnRay, installed, starts_here
 from fedflow.simulation.runner import Answer, Phase, SiteRunner, Task
 from fedflow.simulation.shared import copied
 from fedflow.simulation.traces import Trace
@@ -133,13 +132,14 @@ def simulate(
         journal = start_run(objects, run or f"{recipe.name}-{uuid.uuid4().hex[:8]}", recipe, names)
         recipe = amend_run(journal, recipe, sites=names)
         check_options(backend, workers, journal_every=journal_every, trace=noted_trace(journal, trace))
-        everyone, count = journal.sites(), workers or len(os.sched_getaffinity(0))
+        everyone, count = journal.sites(), workers or processors()
         if recipe.computation.together:
             count = max(count, len(names))  # they wait for each other
         head = _whole_head(journal, recipe.computation.phases)
         crew: Crew
-        if backend != "ray":
-            check_memory(recipe, head, count if backend == "processes" else 1)
+        here = 1 if backend == "debug" else 0 if backend == "ray" and not starts_here() else count
+        budget = 0 if backend == "debug" else recipe.memory_budget
+        check_memory(journal, head, here, budget=budget, journal_every=journal_every)
         if backend == "debug":
             crew = Here(SiteRunner(recipe, everyone, workloads=given, model=model))
         elif backend == "ray":

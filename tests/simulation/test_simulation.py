@@ -446,13 +446,66 @@ def test_too_few_updates_for_a_robust_reduction_are_a_lost_quorum(reduction: Any
         simulate(robust, SITES, workers=2)
 
 
-def test_more_memory_than_there_is_is_said_before_anything_starts() -> None:
-    wide = recipe(model="tests.simulation.test_simulation:Wide")
-    with pytest.raises(
-        UserError,
-        match=r"workers: found '9000000, which .* need at least [\d.]+ GiB of memory', expected .*at most the [\d.]+ GiB",
-    ):
-        simulate(wide, SITES, workers=9_000_000)
+class Large(nn.Sequential):
+    """28 MB."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(4, 500_000), nn.Linear(500_000, 10, bias=False))
+
+
+LARGE = f"{__name__}:Large"
+KRUM = {"kind": "fedavg", "reduction": {"kind": "krum", "byzantine": 1}}
+MUCH: dict[str, tuple[dict[str, Any], dict[str, Any], int, str]] = {
+    "many workers": ({}, {"workers": 9_000_000}, 3, r"workers: found 9000000, .*; lower it, or free memory"),
+    "many rounds in memory": (
+        {"rounds": 1_000_000},
+        {"backend": "debug"},
+        3,
+        r"store: found 'memory://.*; give store=, a folder, or raise journal_every: the models of 1000000 rounds",
+    ),
+    "the same, written seldom": (
+        {"rounds": 1_000_000},
+        {"backend": "debug", "journal_every": 7},
+        3,
+        r"store: found .* the models of 142858 rounds",
+    ),
+    "all updates at once": (
+        {"algorithm": KRUM},
+        {"backend": "debug"},
+        100_000,
+        r"schedule: found '100000 sites a round', .*; ask fewer of them: algorithm fedavg",
+    ),
+    "a budget": (
+        {"memory_budget": "90TB"},
+        {"workers": 2_000},
+        3,
+        r"memory_budget: found 90000000000000, .*; lower it",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MUCH)
+def test_more_memory_than_there_is_is_said_before_anything_starts_with_what_takes_it(name: str) -> None:
+    fields, options, sites, told = MUCH[name]
+    left = r"expected what fits into the [\d.]+ GiB of memory that are left on this machine: it takes [\d.]+ GiB of"
+    with pytest.raises(UserError, match=told) as refused:
+        simulate(recipe(**{"model": LARGE, **fields}), [f"site-{i}" for i in range(1, 1 + sites)], **options)
+    assert re.search(left, str(refused.value))
+
+
+def test_rounds_on_disk_that_are_not_written_or_may_never_come_take_no_memory(tmp_path: Path) -> None:
+    """As many rounds as are refused above; the first commit ends each of them."""
+
+    def stop(manifest: Manifest) -> None:
+        raise InterruptedError
+
+    once = {"rounds": 1_000_000, "model": LARGE, "training": {"steps": 1, "batch_size": 4, "optimizer": {"lr": 0.1}}}
+    for options in ({"store": str(tmp_path)}, {"journal_every": 1_000_000}):
+        with pytest.raises(InterruptedError):
+            simulate(recipe(**once), SITES[:1], backend="debug", on_commit=stop, **options)  # type: ignore[arg-type]
+    early = recipe(**once, early_stop={"patience": 3}, evaluation="tests.builders:HeldOut")
+    with pytest.raises(InterruptedError):
+        simulate(early, SITES[:1], backend="debug", on_commit=stop)
 
 
 class Stuck(FedAvg):

@@ -9,7 +9,8 @@ trainings that all sites of the block have asked for are done, run again with wh
 What comes out is what the loop gives, within rounding (`numerics.deterministic: fast`). Trained together are sites with the
 built-in loop, one model and one kind of optimizer and correction; steps on batches of equal shape are taken together, others in
 groups. Whatever cannot be (random draws in the model or the loss, BatchNorm's statistics, losses that depend on the site's
-workload, control flow that depends on values) is noticed, undone and done by the loop, with one line in the log.
+workload, control flow that depends on values) is noticed, undone and done by the loop, with one line in the log; from then on all is. Where
+code of one site fails, those that are trained with it are done by the loop this once.
 """
 
 from __future__ import annotations
@@ -166,6 +167,7 @@ class Together:
         if self.quicker is not False and (why := _alone_always(*wishes[0])):
             self.quicker = False
             log.info("sites are trained one after the other: %s", why)
+        failed: BaseException | None = None
         if len(wishes) >= self._fewest and self.quicker is not False:
             trainers: Any = [training for training, _ in wishes]
             try:
@@ -173,10 +175,14 @@ class Together:
                     self.quicker = _is_quicker(trainers, [wish for _, wish in wishes])
                 if self.quicker:
                     return list(train_together(trainers, [wish for _, wish in wishes]))
-            except FAILURES as error:  # of the user's code or of vmap: the loop says which
-                self.quicker = False
-                log.info("sites are trained one after the other: %s", str(error).split("\n", maxsplit=1)[0][:300])
-        return [_alone(training, wish) for training, wish in wishes]
+            except FAILURES as error:  # of a site's own code or of vmap: the loop says which
+                failed = error
+        answers = [_alone(training, wish) for training, wish in wishes]
+        by_a_site = any(isinstance(answer, FAILURES) for answer in answers)
+        if failed is not None and (isinstance(failed, CannotTogether) or not by_a_site):
+            self.quicker = False
+            log.info("sites are trained one after the other: %s", str(failed).split("\n", maxsplit=1)[0][:300])
+        return answers
 
 
 def _alone(training: Training, wish: Wish) -> Any:

@@ -79,10 +79,14 @@ def test_the_bits_are_those_of_the_reference_with_any_number_of_processes(name: 
         assert head(found).metrics == head(wanted).metrics
 
 
-def test_a_cohort_larger_than_what_may_wait_to_be_reduced() -> None:
+@pytest.mark.parametrize("algorithm", ["fedavg", "scaffold"])
+def test_a_cohort_of_whole_blocks_and_larger_than_what_may_wait_has_the_same_bits(algorithm: str) -> None:
+    """Eighty sites are five blocks, which are dealt out, and summed, in another way by each number of workers."""
     sites = [f"site-{i:03}" for i in range(1, 81)]
-    wide = recipe(rounds=1, training={"steps": 1, "batch_size": 4, "optimizer": {"lr": 0.1}})
-    assert bits(simulate(wide, sites, workers=2)) == bits(reference(wide, sites))
+    wide = recipe(algorithm=algorithm, training={"steps": 1, "batch_size": 4, "optimizer": {"lr": 0.1}})
+    wanted = bits(reference(wide, sites))
+    for options in ({"backend": "debug"}, {"workers": 1}, {"workers": 2}, {"workers": 3}):
+        assert bits(simulate(wide, sites, **options)) == wanted, options  # type: ignore[arg-type]
 
 
 class Odd(Blobs):
@@ -282,12 +286,12 @@ def test_without_what_its_sites_remember_a_run_does_not_go_on(tmp_path: Path) ->
 
 
 # -- workers that die --------------------------------------------------------------------------------------------------
-def test_a_worker_that_is_killed_loses_no_update(undisturbed: Journal, tmp_path: Path) -> None:
-    token = tmp_path / "fired"
-    assert simulated(tmp_path, STATEFUL, fail_at("training", round=1, token=token)) == 0
+def test_a_worker_that_is_killed_in_round_2_of_5_loses_no_update(tmp_path: Path) -> None:
+    token, fields = tmp_path / "fired", {**STATEFUL, "rounds": 5}
+    assert simulated(tmp_path, fields, fail_at("training", round=2, token=token)) == 0
     assert token.exists()
-    assert bits(there(tmp_path)) == bits(undisturbed)
-    assert [len(r.sites) for r in summarize(there(tmp_path)).rounds] == [2, 2, 2]
+    assert bits(there(tmp_path)) == bits(reference(recipe(**fields), SITES))
+    assert [len(r.sites) for r in summarize(there(tmp_path)).rounds] == [2, 2, 2, 2, 2]
 
 
 def test_a_worker_that_is_killed_while_it_has_nothing_to_do_is_replaced(undisturbed: Journal) -> None:

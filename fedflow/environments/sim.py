@@ -171,7 +171,7 @@ def _start(env: SimEnv, run: str, lock: TextIO) -> None:
     assert process.stdin
     with process.stdin as stdin:  # other users see a command line, and a store's options may be credentials
         stdin.write(json.dumps(spec).encode())
-    lock.write(str(process.pid))
+    print(process.pid, file=lock, flush=True)
 
 
 def _simulate_here(env: SimEnv, run: str) -> None:

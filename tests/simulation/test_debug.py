@@ -82,16 +82,3 @@ def test_ctrl_c_in_the_debugger_stops_the_run_and_whoever_called(
     assert env(tmp_path).attach("run").status() == "aborted"
     monkeypatch.setattr(sys, "breakpointhook", lambda: None)
     assert bits(env(tmp_path).resume("run").journal) == bits(run(recipe()))
-
-
-def test_a_site_that_fails_is_in_the_log_with_run_round_and_reason_though_the_round_goes_on(tmp_path: Path) -> None:
-    broken = tmp_path / "broken"
-    broken.touch()
-    work = {"path": f"{HERE}:Broken", "args": {"broken": str(broken)}}
-    found = env(tmp_path).execute(recipe(workload=work, quorum=2, rounds=1), run_id="run")
-    (line,) = found.logs("site-2")
-    assert line.endswith(
-        "WARNING [site-2] run run, round 0: it does not count: training failed: OSError: no such volume"
-    )
-    assert list(found.logs("site-1")) == list(found.logs("site")) == []
-    assert "Traceback" in found.summary().rounds[0].excluded["site-2"]

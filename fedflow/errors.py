@@ -59,6 +59,7 @@ __all__ = [
     "UpdateInvalid",
     "UserError",
     "field_error",
+    "one_line",
 ]
 
 
@@ -187,3 +188,15 @@ def check_suffix(field: str, out: Path, suffixes: Iterable[str]) -> None:
 def field_error(field: str, found: object, expected: str, fix: str) -> str:
     """The one form of a user's mistake: which field, what was found, what was expected, what to do."""
     return f"{field}: found {found!r}, expected {expected}; {fix}"
+
+
+def one_line(text: str) -> str:
+    """`text` in one line; of a traceback only its exception is kept."""
+    kept, inside = [], False
+    for line in text.splitlines():
+        if line.startswith("Traceback (most recent call last)"):
+            inside = True
+        elif not inside or (line.strip() and not line.startswith(" ")):
+            kept.append(line.strip())
+            inside = False
+    return " ".join(part for part in kept if part)

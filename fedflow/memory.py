@@ -1,9 +1,10 @@
-"""What a process does with its memory."""
+"""What a process does with its memory, and how much of the machine is its."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["available", "fresh", "keep_freed", "seldom_searched", "settle", "tidy", "tidy_after"]
+__all__ = ["available", "fresh", "keep_freed", "processors", "seldom_searched", "settle", "tidy", "tidy_after"]
 
 
 def fresh(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -40,6 +41,11 @@ def available() -> int | None:
         limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
         left.append(max(0, limit - used))
     return min(left, default=None)
+
+
+def processors() -> int:
+    """How many this process may use; where the system does not say (macOS), how many there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def tidy() -> None:

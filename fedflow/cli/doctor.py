@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from fedflow.cli.options import FederationFile
-from fedflow.cli.text import duration, one_line
-from fedflow.errors import FedflowError
+from fedflow.cli.text import duration
+from fedflow.errors import FedflowError, one_line
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement

@@ -14,11 +14,11 @@ from rich.text import Text
 
 from fedflow.cli.options import HOME
 from fedflow.cli.progress import LiveProgress, PlainProgress, Progress, Silent, write_line
-from fedflow.cli.text import complain, metric, one_line
+from fedflow.cli.text import complain, metric
 from fedflow.cli.view import View
 from fedflow.engine.summary import RunSummary
 from fedflow.engine.watching import Watch
-from fedflow.errors import FedflowError, RunMissing, StoreError, UnreachableError, UserError
+from fedflow.errors import FedflowError, RunMissing, StoreError, UnreachableError, UserError, one_line
 from fedflow.store.journal import Journal
 
 if TYPE_CHECKING:

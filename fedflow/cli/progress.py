@@ -16,9 +16,10 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from fedflow.cli.text import duration, metric, metrics, one_line
+from fedflow.cli.text import duration, metric, metrics
 from fedflow.engine.summary import Current, Glance
 from fedflow.engine.watching import Watch
+from fedflow.errors import one_line
 from fedflow.recipe import Recipe
 from fedflow.store.records import utc_now
 

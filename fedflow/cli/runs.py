@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -31,9 +32,11 @@ if TYPE_CHECKING:
     from fedflow.recipe import Federation, Recipe
     from fedflow.store.journal import Journal
 
-__all__ = ["Kind", "abort", "check_tracking", "extend", "load_federation", "load_recipe", "resume", "run"]
+__all__ = ["Backend", "Kind", "abort", "check_tracking", "extend", "load_federation", "load_recipe", "resume", "run"]
 
 Kind = Literal["sim", "poc", "prod"]
+Backend = Literal["processes", "ray", "debug"]
+"""`fedflow.simulation.engine.Backend`, which takes an import of torch to read; a test holds them equal."""
 
 Rounds = Annotated[int | None, typer.Option("--rounds", min=1, metavar="N", help="So many rounds in all.")]
 KeepServer = Annotated[
@@ -67,6 +70,21 @@ def run(
             help="sim: how the sites fare over simulated time, CSV or YAML. It decides who counts and when rounds close.",
         ),
     ] = None,
+    backend: Annotated[
+        Backend | None,
+        typer.Option(
+            "--backend",
+            help="sim: who trains: worker processes (the default), actors of Ray, or this process, where breakpoints work.",
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option("--workers", min=1, metavar="N", help="sim: so many train at a time. Default: one a processor."),
+    ] = None,
+    journal_every: Annotated[
+        int | None,
+        typer.Option("--journal-every", min=1, metavar="N", help="sim: write the model every N rounds. Default: 1."),
+    ] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -77,17 +95,20 @@ def run(
     _check_keeping(env, keep_server)
     check_tracking(env, tracking)
     _check_trace(env, trace)
+    simulation = {"backend": backend, "workers": workers, "journal_every": journal_every}
+    simulation = {name: value for name, value in simulation.items() if value is not None}
+    _check_simulated(env, simulation)
     _check_name(run_id)
     view = View(home, as_json, quiet, tensorboard)
     with ExitStack() as stack:
-        with view.starting(env):
+        with view.starting(env, backend):
             from fedflow.cli.following import committed_rounds
             from fedflow.environments import make
 
             spec, sites = load_recipe(recipe), load_federation(federation, recipe)
             _check_evaluation(spec, env)
             view.check()
-            options: dict[str, Any] = {"tracking": True} if tracking else {}
+            options: dict[str, Any] = simulation | ({"tracking": True} if tracking else {})
             options |= {} if trace is None else {"trace": trace}
             environment = stack.enter_context(make(env, federation=sites, store=store, home=home, **options))
             before = committed_rounds(environment.store, run_id) if run_id else 0
@@ -196,7 +217,7 @@ def _go_on(environment: Any, run_id: str, view: View) -> int:
     ended = Run(run_id, environment.store, Ended())
     if ended.is_complete():  # nothing to be started
         return conclude(environment, ended, view)
-    with view.starting(environment.kind):
+    with view.starting(environment.kind, getattr(environment, "backend", None)):
         before = committed_rounds(environment.store, run_id)
         handle = environment.resume(run_id)
     return _follow(environment, handle, before, view)
@@ -273,6 +294,13 @@ def check_tracking(env: Kind, tracking: bool) -> None:
 def _check_trace(env: Kind, trace: Path | None) -> None:
     if trace is not None and env != "sim":
         raise UserError(field_error("--trace", env, "the environment sim, whose time is simulated", "leave it out"))
+
+
+def _check_simulated(env: Kind, options: Mapping[str, object]) -> None:
+    """Raises UserError where options of the simulator are given to another environment."""
+    for name in options if env != "sim" else ():
+        expected = "the environment sim; in others each site has its own worker, and every round is written"
+        raise UserError(field_error("--" + name.replace("_", "-"), env, expected, "leave it out"))
 
 
 def _check_name(run_id: str | None) -> None:

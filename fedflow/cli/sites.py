@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedflow.cli.options import AsJson, RecipeFile
-from fedflow.cli.text import complain, digest, duration, metrics, one_line, size
-from fedflow.errors import FedflowError, UserError, field_error
+from fedflow.cli.text import complain, digest, duration, metrics, size
+from fedflow.errors import FedflowError, UserError, field_error, one_line
 
 if TYPE_CHECKING:
     from fedflow.recipe import Recipe, SiteConfig

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -71,6 +70,7 @@ def sweep(
         with view.starting(env):
             from fedflow.cli.sweeping import interruptible_sweep
             from fedflow.environments import make
+            from fedflow.memory import processors
             from fedflow.sweep import Sweep
 
             spec, sites = load_recipe(recipe), load_federation(federation, recipe)
@@ -78,7 +78,7 @@ def sweep(
             _check_targets(out, plot)
             options: dict[str, Any] = {"tracking": True} if tracking else {}
             if env == "sim" and parallel > 1:
-                options["workers"] = max(1, _processors() // parallel)
+                options["workers"] = max(1, processors() // parallel)
             environment = stack.enter_context(make(env, federation=sites, store=store, home=home, **options))
             grid.check(environment)
         progress = stack.enter_context(interruptible_sweep(grid, environment.kind, view))
@@ -92,10 +92,6 @@ def _executed(grid: Sweep, environment: Any, parallel: int, progress: SweepProgr
         return grid.execute(environment, parallel=parallel, on_tick=progress.show)
     except KeyboardInterrupt:
         return None
-
-
-def _processors() -> int:
-    return len(os.sched_getaffinity(0))
 
 
 # -- reading what was given --------------------------------------------------------------------------------------------

@@ -9,8 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fedflow.cli.text import digest, duration, metric, metrics, one_line, size
+from fedflow.cli.text import digest, duration, metric, metrics, size
 from fedflow.engine.summary import RoundSummary, RunSummary, Status
+from fedflow.errors import one_line
 
 __all__ = ["COLOURS", "output", "overview", "rounds_table", "runs_table"]
 

@@ -6,19 +6,9 @@ from collections.abc import Mapping
 
 import typer
 
-__all__ = ["complain", "digest", "duration", "metric", "metrics", "one_line", "size"]
+from fedflow.errors import one_line
 
-
-def one_line(text: str) -> str:
-    """`text` in one line; of a traceback only its exception is kept."""
-    kept, inside = [], False
-    for line in text.splitlines():
-        if line.startswith("Traceback (most recent call last)"):
-            inside = True
-        elif not inside or (line.strip() and not line.startswith(" ")):
-            kept.append(line.strip())
-            inside = False
-    return " ".join(part for part in kept if part)
+__all__ = ["complain", "digest", "duration", "metric", "metrics", "size"]
 
 
 def complain(text: str) -> None:

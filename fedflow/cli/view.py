@@ -40,9 +40,9 @@ class View:
 
         return Console(stderr=self.as_json, highlight=False)
 
-    def starting(self, env: str) -> AbstractContextManager[object]:
-        """Something to look at while `env` starts: a spinner, or a line where there is no terminal."""
-        if self.quiet:
+    def starting(self, env: str, backend: str | None = None) -> AbstractContextManager[object]:
+        """Something to look at while `env` starts: a spinner, or a line where there is no terminal; nothing where a debugger has it."""
+        if self.quiet or backend == "debug":
             return nullcontext()
         console = self.console()
         if console.is_terminal:

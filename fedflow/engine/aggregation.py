@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from fedflow.errors import FedflowError, ObjectMissing, RoundError, UpdateInvali
 from fedflow.local.model import build_model, load_groups
 from fedflow.local.numerics import applied
 from fedflow.local.workload import check_evaluator
+from fedflow.memory import processors
 from fedflow.recipe import Recipe
 from fedflow.registry import call, resolve
 from fedflow.store.journal import INITIAL, Journal
@@ -298,7 +298,7 @@ def reduce_elsewhere(
 
 def _threads(store: ObjectStore) -> int:
     near = store.url.startswith(("file://", "memory://"))
-    return len(os.sched_getaffinity(0)) if near else max(REMOTE, len(os.sched_getaffinity(0)))
+    return processors() if near else max(REMOTE, processors())
 
 
 REMOTE = 8

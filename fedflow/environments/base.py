@@ -162,7 +162,7 @@ class Environment(Protocol):
     """Where a recipe runs."""
 
     def execute(self, recipe: Recipe, *, run_id: str | None = None, **options: Any) -> Run:
-        """Start `recipe` and return at once. run_id: a name for the run; one that is there with this recipe is resumed.
+        """Start `recipe` and return at once, or, where it is trained in this process, when it has ended. run_id: a name for the run; one that is there with this recipe is resumed.
 
         Raises RunExists, RecipeError, ResolveError, UnreachableError: before any training.
         """

@@ -50,7 +50,7 @@ def read_log(path: Path, site: str | None = None) -> Iterator[str]:
     if path.exists():
         with path.open(encoding="utf-8", errors="replace") as file:
             lines = (line.rstrip("\n") for line in file)
-            yield from (line for line in lines if site is None or f"[{site}" in line)
+            yield from (line for line in lines if site is None or f"[{site}]" in line)
 
 
 # -- which run was started how -----------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import logging
@@ -10,16 +11,17 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
 from fedflow.engine import amend_run, start_run
+from fedflow.engine.rounds import record_abort, recording_outcome
 from fedflow.environments.base import DEFAULT_HOME, Run
 from fedflow.environments.local import child_environment, new_run_id, read_log, remember, stop_group
-from fedflow.errors import UserError
+from fedflow.errors import UserError, field_error
 from fedflow.recipe import Federation, Recipe
 from fedflow.registry import resolve
 from fedflow.simulation.clock import noted_trace
-from fedflow.simulation.engine import Backend, check_options
+from fedflow.simulation.engine import Backend, check_options, simulate
 from fedflow.simulation.trace_files import read_trace
 from fedflow.simulation.traces import Trace
 from fedflow.store.journal import Journal
@@ -31,12 +33,13 @@ log = logging.getLogger(__name__)
 
 
 class SimEnv:
-    """Simulates the sites of `federation` in the background.
+    """Simulates the sites of `federation` in the background; with backend "debug" in this process.
 
     store:   URL; default `<home>/store`. home: folder of store, what the sites remember, and logs
     workers: processes that train; default: one a processor
     backend: "processes"; "ray": actors of the Ray cluster that RAY_ADDRESS names, or of one on this machine; "debug": sites
-             train in the coordinating process, one after the other
+             train one after the other in the process that calls `execute` or `resume`, which return when the run has ended, or
+             failed; breakpoints work, and a KeyboardInterrupt stops the run and goes on to the caller
     tracking: show each start of a run as one flow run on the Prefect server of the settings (PREFECT_API_URL)
     trace:   how the sites fare over simulated time, or the file that says it; noted with each run at its start, which keeps to it.
              Default: everyone answers, and no time is simulated
@@ -83,9 +86,13 @@ class SimEnv:
         if not handle.backend.alive():
             tracked = self.tracking and self._can_track()
             remember(self, run_id)
-            _start(self, run_id)
-            if tracked:
-                _track(self, run_id)
+            with _locked(self, run_id) as lock:
+                if self.backend != "debug":
+                    _start(self, run_id, lock)
+                if tracked:
+                    _track(self, run_id)
+                if self.backend == "debug":
+                    _simulate_here(self, run_id)
         return handle
 
     def _check_tracking(self) -> None:
@@ -130,21 +137,28 @@ class SimEnv:
         self.close()
 
 
-def _start(env: SimEnv, run: str) -> None:
-    """A process that simulates; it holds the run's lock for as long as it lives."""
+@contextlib.contextmanager
+def _locked(env: SimEnv, run: str) -> Iterator[TextIO]:
+    """The run's lock, held until the body ends and by whoever was handed it; it is to say which process group stops the run."""
     files = _Process(env.home, run)
     files.log.parent.mkdir(parents=True, exist_ok=True)
+    with files.lock.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield lock
+
+
+def _start(env: SimEnv, run: str, lock: TextIO) -> None:
+    """A process that simulates; it holds the run's lock for as long as it lives."""
     spec = {
         "run": run,
         "store": env.store.url,
         "store_options": env.federation.store_options,
-        "book": str(env.home / "sites" / f"{run}.sqlite"),
+        "book": str(_book(env, run)),
         "workers": env.workers,
         "backend": env.backend,
         "journal_every": env.journal_every,
     }
-    with files.lock.open("w") as lock, files.log.open("a") as log:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with _Process(env.home, run).log.open("a") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "fedflow.simulation", run],
             stdin=subprocess.PIPE,
@@ -154,10 +168,50 @@ def _start(env: SimEnv, run: str) -> None:
             pass_fds=[lock.fileno()],
             start_new_session=True,
         )
-        assert process.stdin
-        with process.stdin as stdin:  # other users see a command line, and a store's options may be credentials
-            stdin.write(json.dumps(spec).encode())
-        lock.write(str(process.pid))
+    assert process.stdin
+    with process.stdin as stdin:  # other users see a command line, and a store's options may be credentials
+        stdin.write(json.dumps(spec).encode())
+    print(process.pid, file=lock, flush=True)
+
+
+def _simulate_here(env: SimEnv, run: str) -> None:
+    """In this process, to the run's end. What it failed by is in the journal, and in the log with its traceback."""
+    journal = Journal(env.store, run)
+    with _logged(_Process(env.home, run).log):
+        try:
+            with recording_outcome(journal):
+                simulate(
+                    journal.recipe(),
+                    journal.sites(),
+                    store=env.store.url,
+                    store_options=env.federation.store_options,
+                    run=run,
+                    book=_book(env, run),
+                    backend="debug",
+                    journal_every=env.journal_every,
+                )
+        except Exception:
+            log.exception("the run has failed")
+        except KeyboardInterrupt:
+            record_abort(journal, "stopped")
+            raise
+
+
+def _book(env: SimEnv, run: str) -> Path:
+    return env.home / "sites" / f"{run}.sqlite"
+
+
+@contextlib.contextmanager
+def _logged(path: Path) -> Iterator[None]:
+    """What this process logs goes into that file, too."""
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.getLogger().addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()
 
 
 def _track(env: SimEnv, run: str) -> None:
@@ -192,8 +246,12 @@ class _Process:
         return False
 
     def abort(self) -> None:
-        if self.alive():
-            stop_group(int(self.lock.read_text()), signal.SIGTERM, gone=lambda: not self.alive())
+        if not self.alive():
+            return
+        if not (group := self.lock.read_text()):
+            fix = "stop it where it was started, with Ctrl-C"
+            raise UserError(field_error("backend", "debug", "a run in a process of its own, which can be stopped", fix))
+        stop_group(int(group), signal.SIGTERM, gone=lambda: not self.alive())
 
     def logs(self, site: str | None) -> Iterator[str]:
         return read_log(self.log, site)

@@ -9,7 +9,8 @@ trainings that all sites of the block have asked for are done, run again with wh
 What comes out is what the loop gives, within rounding (`numerics.deterministic: fast`). Trained together are sites with the
 built-in loop, one model and one kind of optimizer and correction; steps on batches of equal shape are taken together, others in
 groups. Whatever cannot be (random draws in the model or the loss, BatchNorm's statistics, losses that depend on the site's
-workload, control flow that depends on values) is noticed, undone and done by the loop, with one line in the log.
+workload, control flow that depends on values) is noticed, undone and done by the loop, with one line in the log; from then on all is. Where
+code of one site fails, those that are trained with it are done by the loop this once.
 """
 
 from __future__ import annotations
@@ -36,11 +37,14 @@ from fedflow.local.training import LocalTrainer, batches_of
 from fedflow.local.workload import evaluates
 from fedflow.types import MODEL_GROUPS, Groups, RoundContext, Tensors
 
-__all__ = ["Part", "Together", "train_together"]
+__all__ = ["FAILURES", "Part", "Together", "train_together"]
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+FAILURES = (Exception, SystemExit)
+"""What code of a site fails by: who calls sys.exit() there does not end a process that works for other sites, too."""
 
 _LARGEST = 16 << 20  # bytes of a model: in larger ones, a site's own step keeps a processor busy
 _KEPT = 8  # times the size of a model that is kept for a site, at most
@@ -103,7 +107,7 @@ class _Replay:
             self.found = self.part.run(self)
         except _Waits:
             pass
-        except Exception as error:
+        except FAILURES as error:
             self.found = error
 
     def _asked(self, wish: Wish) -> Any:
@@ -112,7 +116,7 @@ class _Replay:
             raise _Waits
         answer = self.answers[self.at]
         self.at += 1
-        if isinstance(answer, Exception):
+        if isinstance(answer, FAILURES):
             raise answer
         return answer
 
@@ -142,7 +146,7 @@ class Together:
     def __init__(self, *, quicker: bool | None = None) -> None:
         self.quicker, self._fewest = quicker, _FEWEST if quicker is None else 2
 
-    def run(self, parts: Sequence[Part[T]]) -> list[T | Exception]:
+    def run(self, parts: Sequence[Part[T]]) -> list[T | Exception | SystemExit]:
         """What each part returned or raised."""
         replays = [_Replay(part) for part in parts]
         waiting = replays
@@ -163,6 +167,7 @@ class Together:
         if self.quicker is not False and (why := _alone_always(*wishes[0])):
             self.quicker = False
             log.info("sites are trained one after the other: %s", why)
+        failed: BaseException | None = None
         if len(wishes) >= self._fewest and self.quicker is not False:
             trainers: Any = [training for training, _ in wishes]
             try:
@@ -170,16 +175,20 @@ class Together:
                     self.quicker = _is_quicker(trainers, [wish for _, wish in wishes])
                 if self.quicker:
                     return list(train_together(trainers, [wish for _, wish in wishes]))
-            except Exception as error:  # of the user's code or of vmap: the loop says which
-                self.quicker = False
-                log.info("sites are trained one after the other: %s", str(error).split("\n", maxsplit=1)[0][:300])
-        return [_alone(training, wish) for training, wish in wishes]
+            except FAILURES as error:  # of a site's own code or of vmap: the loop says which
+                failed = error
+        answers = [_alone(training, wish) for training, wish in wishes]
+        by_a_site = any(isinstance(answer, FAILURES) for answer in answers)
+        if failed is not None and (isinstance(failed, CannotTogether) or not by_a_site):
+            self.quicker = False
+            log.info("sites are trained one after the other: %s", str(failed).split("\n", maxsplit=1)[0][:300])
+        return answers
 
 
 def _alone(training: Training, wish: Wish) -> Any:
     try:
         return wish.done(training)
-    except Exception as error:
+    except FAILURES as error:
         return error
 
 

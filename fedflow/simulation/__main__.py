@@ -40,7 +40,7 @@ def main(spec: dict[str, Any]) -> int:
                 journal_every=spec["journal_every"],
             )
     except FedflowError as error:
-        logging.getLogger("fedflow").error("%s", error)
+        logging.getLogger("fedflow").error("%s", error, exc_info=error.__cause__)
         return 1
     return 0
 

@@ -6,13 +6,12 @@ import heapq
 import logging
 import math
 import multiprocessing
-import os
 import queue
 import threading
 import time
 import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cache, cached_property, partial
@@ -38,14 +37,14 @@ from fedflow.engine.rounds import (
 )
 from fedflow.engine.updates import rebased
 from fedflow.engine.walk import one_thread, segments_of, sizes_of
-from fedflow.errors import FedflowError, QuorumLost, UpdateInvalid, UserError, field_error
-from fedflow.memory import seldom_searched
+from fedflow.errors import FedflowError, QuorumLost, RoundError, UpdateInvalid, UserError, field_error, one_line
+from fedflow.memory import processors, seldom_searched
 from fedflow.recipe import Recipe
 from fedflow.simulation.book import Entry, SiteBook
 from fedflow.simulation.clock import EPOCH, Clock, Flight, Work, note_flights, noted_trace
 from fedflow.simulation.crew import Answers, Crew, Here, Processes
 from fedflow.simulation.needs import check_memory
-from fedflow.simulation.on_ray import OnRay, installed
+from fedflow.simulation.on_ray import OnRay, installed, starts_here
 from fedflow.simulation.runner import Answer, Phase, SiteRunner, Task
 from fedflow.simulation.shared import copied
 from fedflow.simulation.traces import Trace
@@ -110,7 +109,7 @@ def simulate(
                records, and no model. A run that is interrupted does those since again
     on_commit: called after every commit, in their order, by a thread
     The bits are those of every other environment, for any number of workers. Raises QuorumLost where a phase cannot be
-    committed; what was committed stays, and a second call goes on from there.
+    committed, RoundError where the server's part of it fails; what was committed stays, and a second call goes on from there.
     """
     check_options(backend, workers)
     given = dict(sites) if isinstance(sites, Mapping) else {}
@@ -133,13 +132,14 @@ def simulate(
         journal = start_run(objects, run or f"{recipe.name}-{uuid.uuid4().hex[:8]}", recipe, names)
         recipe = amend_run(journal, recipe, sites=names)
         check_options(backend, workers, journal_every=journal_every, trace=noted_trace(journal, trace))
-        everyone, count = journal.sites(), workers or len(os.sched_getaffinity(0))
+        everyone, count = journal.sites(), workers or processors()
         if recipe.computation.together:
             count = max(count, len(names))  # they wait for each other
         head = _whole_head(journal, recipe.computation.phases)
         crew: Crew
-        if backend != "ray":
-            check_memory(recipe, head, count if backend == "processes" else 1)
+        here = 1 if backend == "debug" else 0 if backend == "ray" and not starts_here() else count
+        budget = 0 if backend == "debug" else recipe.memory_budget
+        check_memory(journal, head, here, budget=budget, journal_every=journal_every)
         if backend == "debug":
             crew = Here(SiteRunner(recipe, everyone, workloads=given, model=model))
         elif backend == "ray":
@@ -204,7 +204,8 @@ class Simulation:
         algorithm, head = self.algorithm, self._head
         self._nonce = self.journal.record().nonce
         self._state = read_state(self.journal.store, algorithm.State, head.state)
-        evaluate_round(self.journal, head)  # whoever was killed right after a commit has not done it
+        with self._naming(head.round):
+            evaluate_round(self.journal, head)  # whoever was killed right after a commit has not done it
         ended = head.round + (head.phase == algorithm.phases[-1])
         self._values = key_metrics(self.journal, self.recipe)[: max(ended, 0)]
         self._clock = Clock.of(self.journal, self.recipe, head)
@@ -239,14 +240,15 @@ class Simulation:
         chosen, quorum = self._begun(step) if step else ({}, 0)
         contributors = set(self._head.contributors)
         while step:
-            if step.phase == self.algorithm.phases[0]:
-                chosen, quorum = self._planned(step)
-                closes = quorum
-            else:
-                chosen = {site: task for site, task in chosen.items() if site in contributors}
-                closes = min(self.algorithm.enough(step.phase, quorum), len(chosen))
-                chosen, closes = self._checked(step, chosen, closes, self._absent)
-            done = self._phase(step, chosen, closes)
+            with self._naming(step.round):
+                if step.phase == self.algorithm.phases[0]:
+                    chosen, quorum = self._planned(step)
+                    closes = quorum
+                else:
+                    chosen = {site: task for site, task in chosen.items() if site in contributors}
+                    closes = min(self.algorithm.enough(step.phase, quorum), len(chosen))
+                    chosen, closes = self._checked(step, chosen, closes, self._absent)
+                done = self._phase(step, chosen, closes)
             contributors = set(done.contributors)
             step = self._after(step)
             done.whole = step is None or step.round % self._every == 0
@@ -258,6 +260,18 @@ class Simulation:
             return Step(step.round, following(self.algorithm, step.phase))
         ended = step.round + 1 >= self.recipe.rounds or stops_early(self._values, self.recipe)
         return None if ended else Step(step.round + 1, phases[0])
+
+    @contextmanager
+    def _naming(self, round: int) -> Iterator[None]:
+        """What is raised inside, by schedule, algorithm or evaluation, names the run and `round`."""
+        try:
+            yield
+        except FedflowError as error:
+            error.run, error.round = error.run or self.journal.run, round if error.round is None else error.round
+            raise
+        except Exception as error:
+            text = f"the server's part failed: {type(error).__name__}: {error}"
+            raise RoundError(text, run=self.journal.run, round=round) from error
 
     # -- who takes part
     def _planned(self, step: Step) -> tuple[Mapping[SiteId, SiteTask], int]:
@@ -462,6 +476,8 @@ class Simulation:
                     reason = str(error)
             if sent is None or reason is not None:
                 done.excluded[answer.site] = reason or ""
+                place = answer.site, self.journal.run, done.step.round
+                log.warning("[%s] run %s, round %d: it does not count: %s", *place, one_line(reason or ""))
                 continue
             done.add(answer, sent.tensors)
             if answer.kept is not None:

@@ -25,7 +25,7 @@ from fedflow.simulation.shared import Layout, Names, fill, named, names_of
 from fedflow.tensors import BLOCK
 from fedflow.types import Groups, SiteId, spec_of
 
-__all__ = ["OnRay", "installed"]
+__all__ = ["OnRay", "installed", "starts_here"]
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +42,11 @@ def installed() -> Any:
     except ImportError as error:
         raise UserError(field_error("backend", "ray", "Ray installed", "pip install 'fedflow[ray]'")) from error
     return ray
+
+
+def starts_here() -> bool:
+    """Whether a cluster is to be started on this machine: this process is connected to none, and RAY_ADDRESS names none."""
+    return not os.environ.get("RAY_ADDRESS") and not installed().is_initialized()
 
 
 # -- in an actor -------------------------------------------------------------------------------------------------------
@@ -196,7 +201,7 @@ def _connect(ray: Any, count: int | None) -> bool:
     if ray.is_initialized():
         return False
     options: dict[str, Any] = {"log_to_driver": False}
-    if not os.environ.get("RAY_ADDRESS"):
+    if starts_here():
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_worker_niceness", "0")  # 15 by default: whatever else runs goes before
         options |= {"address": "local", "num_cpus": count, "include_dashboard": False, "_node_ip_address": "127.0.0.1"}

@@ -17,7 +17,7 @@ from fedflow.errors import FedflowError
 from fedflow.local.model import Copies, build_model
 from fedflow.local.own import work_of
 from fedflow.local.state import Memory, TrainingState
-from fedflow.local.vectorised import Part, Together
+from fedflow.local.vectorised import FAILURES, Part, Together
 from fedflow.local.workload import Setup
 from fedflow.memory import tidy_after
 from fedflow.recipe import Recipe
@@ -139,7 +139,7 @@ class SiteRunner:
             answer.seconds = (time.monotonic() - started) / len(tasks)
         return answers
 
-    def _begun(self, task: Task, phase: Phase) -> _Step | Exception:
+    def _begun(self, task: Task, phase: Phase) -> _Step | Exception | SystemExit:
         """A site's step, ready to be done."""
         algorithm, recipe = self.algorithm, self.recipe
         try:
@@ -150,7 +150,7 @@ class SiteRunner:
             memory = Memory(lambda: before.training if before else None)
             setup = Setup(self._model, self._training(task.site), recipe.numerics, lambda done, planned: None, memory)
             training: Any = work_of(recipe.algorithm, self._workload(task.site), setup, _tasks)
-        except Exception as error:
+        except FAILURES as error:
             return error
 
         def run(work: Training) -> tuple[Update, Any]:
@@ -161,7 +161,7 @@ class SiteRunner:
 
     def _answered(self, site: SiteId, phase: Phase, step: Any, result: Any, pack: Pack) -> Answer:
         try:
-            if isinstance(result, Exception):
+            if isinstance(result, FAILURES):
                 raise result
             update, after = result
             if problem := problem_of(update, phase.expects, self.algorithm):
@@ -170,7 +170,7 @@ class SiteRunner:
             metrics, weight, tensors = finite(update.metrics), self.algorithm.weight(update), pack(update.tensors)
         except FedflowError as error:
             return Answer(site, str(error))
-        except Exception:
+        except FAILURES:
             return Answer(site, f"training failed:\n{traceback.format_exc()}")
         if bad := non_finite(tensors):
             return Answer(site, f"not finite: {bad}")
@@ -206,5 +206,5 @@ def _done(step: _Step) -> Any:
     """What it gave, or raised."""
     try:
         return step.run(step.training)
-    except Exception as error:
+    except FAILURES as error:
         return error

@@ -2,12 +2,15 @@
 
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 
 from fedflow import __version__
 from fedflow.cli.options import HOME
+from fedflow.cli.runs import Backend
 from fedflow.environments import DEFAULT_HOME
+from fedflow.simulation.engine import BACKENDS
 from tests.cli.project import Project, environment
 
 COMMANDS = [
@@ -74,5 +77,6 @@ def test_version(project: Project) -> None:
     assert project.call("--version").out == f"{__version__}\n"
 
 
-def test_the_folder_of_runs_is_that_of_the_environments() -> None:
+def test_the_folder_of_runs_and_the_backends_are_those_of_the_environments() -> None:
     assert HOME == DEFAULT_HOME
+    assert get_args(Backend) == BACKENDS

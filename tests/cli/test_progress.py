@@ -12,11 +12,12 @@ import pytest
 from rich.console import Console
 
 from fedflow.cli.progress import LiveProgress, PlainProgress
-from fedflow.cli.text import duration, metric, metrics, one_line, size
+from fedflow.cli.text import duration, metric, metrics, size
 from fedflow.engine import SiteWork, Step, open_round, site_step
 from fedflow.engine.summary import Glance
 from fedflow.engine.watching import Watch
 from fedflow.environments import Run
+from fedflow.errors import one_line
 from fedflow.recipe import SiteConfig
 from fedflow.store.journal import Journal
 from fedflow.store.objects import ObjectStore

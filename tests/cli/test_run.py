@@ -7,12 +7,14 @@ import pty
 import re
 import signal
 import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from fedflow.engine import simulate
+from fedflow.environments import recall
 from fedflow.recipe import Recipe
 from fedflow.simulation.clock import EPOCH
 from fedflow.store.journal import Journal
@@ -154,6 +156,45 @@ def test_sigterm_stops_the_run_too(project: Project) -> None:
     stopped = ended(process)
     assert (stopped.code, "stopping the run" in stopped.out) == (1, True)
     assert project.call("runs", "ls", "--json").json["runs"][0]["status"] != "running"
+
+
+STOPPING = """
+class Stopping(Points):
+    def batches(self, batch_size, generator):
+        breakpoint()
+        return super().batches(batch_size, generator)
+"""
+
+
+def test_a_simulation_in_this_process_that_seldom_writes_its_model(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A breakpoint in the user's code stops in the process of the command; the run that goes on later does as it was told."""
+    stopped = set[int]()
+    monkeypatch.setattr(sys, "breakpointhook", lambda: stopped.add(os.getpid()))
+    with (project.folder / "points_workload.py").open("a") as code:
+        code.write(STOPPING)
+    project.recipe(workload="points_workload:Stopping")
+    options = ("--backend", "debug", "--journal-every", "2", "--json")
+    assert project.call("run", "recipe.yaml", *options).json["model_digest"] == reference(project, monkeypatch, 3)
+    assert stopped == {os.getpid()}
+    kept = journal(project, "points-1")
+    assert [_is_written(kept, round) for round in range(3)] == [False, True, True]
+    assert project.call("resume", "points-1", "--rounds", 6).code == 0
+    assert [_is_written(kept, round) for round in range(6)] == [False, True, True, True, False, True]
+
+
+def _is_written(journal: Journal, round: int) -> bool:
+    manifest = journal.manifest(round, "train")
+    assert manifest
+    return all(journal.store.exists(ref.key) for ref in manifest.objects())
+
+
+def test_as_many_processes_train_as_are_asked_for(project: Project) -> None:
+    project.recipe()
+    assert project.call("run", "recipe.yaml", "--workers", 1, "--backend", "processes").code == 0
+    environment = recall("points-1", project.folder / "fedflow-runs")
+    assert (environment.workers, environment.backend) == (1, "processes")
 
 
 def test_a_trace_holds_the_rounds_in_simulated_time(project: Project) -> None:

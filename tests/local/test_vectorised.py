@@ -59,7 +59,7 @@ def trainers(
     **settings: Any,
 ) -> list[LocalTrainer]:
     dtype = next(iter(model_groups(model())["params"].values())).dtype
-    training = LocalTraining(batch_size=8, **{"epochs": 2, "evaluate": "never", **settings})
+    training = LocalTraining(**{"batch_size": 8, "epochs": 2, "evaluate": "never", **settings})
     made = []
     for site, size in enumerate(sizes):
         inputs, targets = blobs(size, seed=site)
@@ -336,6 +336,42 @@ def test_a_site_that_fails_fails_alone() -> None:
     assert isinstance(found[1], SiteError) and "has no examples" in str(found[1])
     assert [update.steps for update, _ in (found[0], found[2])] == [2, 4]
     assert all(update.numerics["vectorised"] for update, _ in (found[0], found[2]))
+
+
+class Unreadable(TensorWorkload):
+    """Of seven examples the second batch cannot be read."""
+
+    def batches(self, batch_size: int, generator: torch.Generator) -> Iterable[Any]:
+        for number, batch in enumerate(super().batches(batch_size, generator)):
+            if len(self) == 7 and number == 1:
+                raise OSError("the disk is on fire")
+            yield batch
+
+
+class Narrow(TensorWorkload):
+    """Of seven examples the loss, too, finds too few columns."""
+
+    def batches(self, batch_size: int, generator: torch.Generator) -> Iterable[Any]:
+        for inputs, targets in super().batches(batch_size, generator):
+            yield (inputs[:, :3] if len(self) == 7 else inputs), targets
+
+
+@pytest.mark.parametrize(
+    ("workload", "told"), [(Unreadable, "the disk is on fire"), (Narrow, "shapes cannot be multiplied")]
+)
+def test_a_site_whose_code_fails_costs_the_others_no_more_than_that_training(
+    workload: type[TensorWorkload], told: str
+) -> None:
+    """Those beside it are done by the loop, to its bits; later ones together again."""
+    together = Together(quicker=True)
+    sizes, settings = (30, 7, 20), {"batch_size": 4, "epochs": 1}
+    found = updates(FedAvg(), trainers(Double, workload, sizes=sizes, **settings), together)
+    expected = updates(FedAvg(), trainers(Double, workload, sizes=sizes, **settings), Together(quicker=False))
+    assert told in str(found[1]) and str(found[1]) == str(expected[1])
+    for ours, theirs in ((found[0], expected[0]), (found[2], expected[2])):
+        torch.testing.assert_close(dict(ours[0].tensors), dict(theirs[0].tensors), rtol=0, atol=0)
+    again = updates(FedAvg(), trainers(Double, workload, sizes=(30, 20), **settings), together)
+    assert all(update.numerics["vectorised"] for update, _ in again)
 
 
 def test_a_trial_decides_and_says_so(caplog: pytest.LogCaptureFixture) -> None:

@@ -49,6 +49,24 @@ def test_a_recipe_gives_one_digest_in_all_three_environments(
     assert not any("as the hospital does it" in line for line in run.logs("site-1"))
 
 
+ALGORITHMS: dict[str, Any] = {
+    "fedavg": "fedavg",
+    "scaffold": "scaffold",
+    "fedadam": {"kind": "fedopt", "server_optimizer": "adam"},
+    "diloco": {"kind": "diloco", "local_steps_per_round": 3},
+}
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_what_sites_and_server_remember_gives_the_same_digest_simulated_and_deployed(
+    poc: Poc, name: str, tmp_path: Path
+) -> None:
+    """Control variates, moments at the server, optimizers at the sites: in the second round all of them count."""
+    recipe = builders.recipe(algorithm=ALGORITHMS[name])
+    simulated = SimEnv(3, home=tmp_path, workers=2).execute(recipe, run_id="sim").result(MINUTES)
+    assert poc.execute(recipe, f"remembers-{name}").result(MINUTES).model_digest == simulated.model_digest
+
+
 @pytest.mark.faults
 def test_an_algorithm_from_an_installed_package_runs_in_all_three_environments(
     poc: Poc, prod: ProdEnv, own_algorithm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -49,6 +49,13 @@ def cluster() -> Iterator[None]:
     ray.shutdown()
 
 
+def test_the_memory_of_actors_on_this_machine_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(UserError, match=r"workers: found 9000000000, .* it takes [\d.]+ GiB of the at least"):
+        simulate(recipe(), SITES, backend="ray", workers=9_000_000_000)
+    assert not ray.is_initialized()
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_bits_are_those_of_one_process_with_any_number_of_actors(name: str, cluster: None) -> None:
     fields = {**UNEVEN, **RECIPES[name]}

@@ -23,7 +23,7 @@ from fedflow.algorithms import FedAvg
 from fedflow.engine import simulate as reference
 from fedflow.engine.retention import check_run
 from fedflow.engine.summary import summarize
-from fedflow.errors import QuorumLost, SiteStateLost, UserError
+from fedflow.errors import QuorumLost, RoundError, SiteStateLost, UserError
 from fedflow.recipe import Recipe
 from fedflow.simulation.engine import simulate
 from fedflow.simulation.traces import Generated
@@ -32,7 +32,7 @@ from fedflow.store.objects import ObjectStore
 from fedflow.store.records import Manifest
 from fedflow.testing.faults import Fault, fail_at
 from fedflow.types import Aggregate, RoundContext
-from tests.builders import SITES, Blobs, Tiny, bits, head, recipe, trainings
+from tests.builders import SITES, Blobs, HeldOut, Tiny, bits, head, recipe, trainings
 
 UNEVEN: Mapping[str, Any] = {
     "rounds": 3,
@@ -79,10 +79,14 @@ def test_the_bits_are_those_of_the_reference_with_any_number_of_processes(name: 
         assert head(found).metrics == head(wanted).metrics
 
 
-def test_a_cohort_larger_than_what_may_wait_to_be_reduced() -> None:
+@pytest.mark.parametrize("algorithm", ["fedavg", "scaffold"])
+def test_a_cohort_of_whole_blocks_and_larger_than_what_may_wait_has_the_same_bits(algorithm: str) -> None:
+    """Eighty sites are five blocks, which are dealt out, and summed, in another way by each number of workers."""
     sites = [f"site-{i:03}" for i in range(1, 81)]
-    wide = recipe(rounds=1, training={"steps": 1, "batch_size": 4, "optimizer": {"lr": 0.1}})
-    assert bits(simulate(wide, sites, workers=2)) == bits(reference(wide, sites))
+    wide = recipe(algorithm=algorithm, training={"steps": 1, "batch_size": 4, "optimizer": {"lr": 0.1}})
+    wanted = bits(reference(wide, sites))
+    for options in ({"backend": "debug"}, {"workers": 1}, {"workers": 2}, {"workers": 3}):
+        assert bits(simulate(wide, sites, **options)) == wanted, options  # type: ignore[arg-type]
 
 
 class Odd(Blobs):
@@ -282,12 +286,12 @@ def test_without_what_its_sites_remember_a_run_does_not_go_on(tmp_path: Path) ->
 
 
 # -- workers that die --------------------------------------------------------------------------------------------------
-def test_a_worker_that_is_killed_loses_no_update(undisturbed: Journal, tmp_path: Path) -> None:
-    token = tmp_path / "fired"
-    assert simulated(tmp_path, STATEFUL, fail_at("training", round=1, token=token)) == 0
+def test_a_worker_that_is_killed_in_round_2_of_5_loses_no_update(tmp_path: Path) -> None:
+    token, fields = tmp_path / "fired", {**STATEFUL, "rounds": 5}
+    assert simulated(tmp_path, fields, fail_at("training", round=2, token=token)) == 0
     assert token.exists()
-    assert bits(there(tmp_path)) == bits(undisturbed)
-    assert [len(r.sites) for r in summarize(there(tmp_path)).rounds] == [2, 2, 2]
+    assert bits(there(tmp_path)) == bits(reference(recipe(**fields), SITES))
+    assert [len(r.sites) for r in summarize(there(tmp_path)).rounds] == [2, 2, 2, 2, 2]
 
 
 def test_a_worker_that_is_killed_while_it_has_nothing_to_do_is_replaced(undisturbed: Journal) -> None:
@@ -344,6 +348,8 @@ class Failing(Blobs):
             return loss
         if self.broken.read_text() == "diverges":
             return loss * float("inf")
+        if self.broken.read_text() == "exits":
+            sys.exit("no licence left")
         raise RuntimeError("the disk is on fire")
 
 
@@ -358,6 +364,7 @@ def failing(tmp_path: Path, how: str, **fields: Any) -> Recipe:
     ("how", "reason"),
     [
         ("raises", r"training failed:\n.*RuntimeError: the disk is on fire"),
+        ("exits", r"training failed:\n.*SystemExit: no licence left"),
         ("diverges", r"not finite: \w+/\S+ \(\d+ of"),
     ],
 )
@@ -443,26 +450,100 @@ def test_too_few_updates_for_a_robust_reduction_are_a_lost_quorum(reduction: Any
         simulate(robust, SITES, workers=2)
 
 
-def test_more_memory_than_there_is_is_said_before_anything_starts() -> None:
-    wide = recipe(model="tests.simulation.test_simulation:Wide")
-    with pytest.raises(
-        UserError,
-        match=r"workers: found '9000000, which .* need at least [\d.]+ GiB of memory', expected .*at most the [\d.]+ GiB",
-    ):
-        simulate(wide, SITES, workers=9_000_000)
+class Large(nn.Sequential):
+    """28 MB."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(4, 500_000), nn.Linear(500_000, 10, bias=False))
+
+
+LARGE = f"{__name__}:Large"
+KRUM = {"kind": "fedavg", "reduction": {"kind": "krum", "byzantine": 1}}
+MUCH: dict[str, tuple[dict[str, Any], dict[str, Any], int, str]] = {
+    "many workers": ({}, {"workers": 9_000_000}, 3, r"workers: found 9000000, .*; lower it, or free memory"),
+    "many rounds in memory": (
+        {"rounds": 1_000_000},
+        {"backend": "debug"},
+        3,
+        r"store: found 'memory://.*; give store=, a folder, or raise journal_every: the models of 1000000 rounds",
+    ),
+    "the same, written seldom": (
+        {"rounds": 1_000_000},
+        {"backend": "debug", "journal_every": 7},
+        3,
+        r"store: found .* the models of 142858 rounds",
+    ),
+    "all updates at once": (
+        {"algorithm": KRUM},
+        {"backend": "debug"},
+        100_000,
+        r"schedule: found '100000 sites a round', .*; ask fewer of them: algorithm fedavg",
+    ),
+    "a budget": (
+        {"memory_budget": "90TB"},
+        {"workers": 2_000},
+        3,
+        r"memory_budget: found 90000000000000, .*; lower it",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MUCH)
+def test_more_memory_than_there_is_is_said_before_anything_starts_with_what_takes_it(name: str) -> None:
+    fields, options, sites, told = MUCH[name]
+    left = r"expected what fits into the [\d.]+ GiB of memory that are left on this machine: it takes [\d.]+ GiB of"
+    with pytest.raises(UserError, match=told) as refused:
+        simulate(recipe(**{"model": LARGE, **fields}), [f"site-{i}" for i in range(1, 1 + sites)], **options)
+    assert re.search(left, str(refused.value))
+
+
+def test_rounds_on_disk_that_are_not_written_or_may_never_come_take_no_memory(tmp_path: Path) -> None:
+    """As many rounds as are refused above; the first commit ends each of them."""
+
+    def stop(manifest: Manifest) -> None:
+        raise InterruptedError
+
+    once = {"rounds": 1_000_000, "model": LARGE, "training": {"steps": 1, "batch_size": 4, "optimizer": {"lr": 0.1}}}
+    for options in ({"store": str(tmp_path)}, {"journal_every": 1_000_000}):
+        with pytest.raises(InterruptedError):
+            simulate(recipe(**once), SITES[:1], backend="debug", on_commit=stop, **options)  # type: ignore[arg-type]
+    early = recipe(**once, early_stop={"patience": 3}, evaluation="tests.builders:HeldOut")
+    with pytest.raises(InterruptedError):
+        simulate(early, SITES[:1], backend="debug", on_commit=stop)
 
 
 class Stuck(FedAvg):
-    """Its server cannot."""
+    """Its server cannot do the second round."""
 
     def server_update(self, state: Any, aggregate: Aggregate, ctx: RoundContext) -> Any:
-        raise RuntimeError("no")
+        if ctx.round == 1:
+            raise RuntimeError("the sum is odd")
+        return super().server_update(state, aggregate, ctx)
 
 
-def test_an_algorithm_that_raises_at_the_server_leaves_no_process_behind() -> None:
+class Blind(HeldOut):
+    """It cannot be evaluated."""
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        raise RuntimeError("the sum is odd")
+
+
+@pytest.mark.parametrize(
+    ("fields", "round"),
+    [
+        ({"algorithm": "tests.simulation.test_simulation:Stuck"}, 1),
+        ({"evaluation": "tests.simulation.test_simulation:Blind"}, 0),
+    ],
+    ids=["update", "evaluation"],
+)
+def test_what_fails_at_the_server_names_run_and_round_and_leaves_no_process_behind(
+    fields: dict[str, Any], round: int
+) -> None:
     before = set(multiprocessing.active_children())
-    with pytest.raises(RuntimeError, match="no"):
-        simulate(recipe(algorithm="tests.simulation.test_simulation:Stuck"), SITES, workers=2)
+    told = f"^run odd, round {round}: the server's part failed: RuntimeError: the sum is odd$"
+    with pytest.raises(RoundError, match=told) as failed:
+        simulate(recipe(**fields), SITES, workers=2, run="odd")
+    assert isinstance(failed.value.__cause__, RuntimeError)
     assert set(multiprocessing.active_children()) <= before
 
 

@@ -19,7 +19,10 @@ FOUND = "tests.engine.warm.loaded:found"
 @pytest.mark.parametrize(
     ("preload", "modules"),
     [
-        (SiteWorker.preload, ["torch", "prefect", "fedflow.flows.site", "fedflow.flows.aggregation", "colorsys"]),
+        (
+            SiteWorker.preload,
+            ["torch", "prefect", "fedflow.flows.site", "fedflow.flows.aggregation", "pandas", "pyarrow"],
+        ),
         (CoordinatorWorker.preload, ["torch", "prefect", "fedflow.flows.training", "fedflow.flows.round"]),
     ],
     ids=["site", "coordinator"],
@@ -29,7 +32,7 @@ def test_a_flow_run_is_forked_from_one_thread_that_has_imported_all(
 ) -> None:
     """With what the site's configuration preloads, but for what would start a thread; CUDA is not touched, and no connection open."""
     threaded = "tests.engine.warm.threaded"
-    config = {"name": "a", "store": str(tmp_path), "state": str(tmp_path), "preload": ["colorsys", threaded]}
+    config = {"name": "a", "store": str(tmp_path), "state": str(tmp_path), "preload": ["pandas", threaded]}
     (tmp_path / "site.yaml").write_text(yaml.safe_dump(config))
     monkeypatch.setenv(SiteConfig.environment_variable, str(tmp_path / "site.yaml"))
     server = ForkServer([preload])

@@ -63,6 +63,11 @@ class Worker:
     def running(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
+    @property
+    def pid(self) -> int | None:
+        """Of its newest start."""
+        return self._process.pid if self._process is not None else None
+
     def processes(self) -> list[psutil.Process]:
         """It and everything that any start of it has left, its trainers' own children too."""
         return [p for p in psutil.process_iter() if _alive(p) and _environ(p).get(MARK) == self._mark]

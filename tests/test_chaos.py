@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.chaos.__main__ import main, read
+from benchmarks.chaos.__main__ import main, read, report
 from benchmarks.chaos.cases import CASES
 from benchmarks.chaos.ground import Verdict
-from benchmarks.chaos.results import Results, table
+from benchmarks.chaos.results import Results
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "faults.md").read_text()
@@ -44,10 +44,10 @@ def test_what_holds_already_is_told_and_not_tried_again(tmp_path: Path, capsys: 
     assert main(options) == 0
     row = "| worker | kill -9 of a worker; its trainer goes on | yes | site-2 | 1.0 | 2.0 | – | yes | fedavg; scaffold; diloco |"
     assert row in capsys.readouterr().out and row in (out / "chaos.md").read_text() and (out / "chaos.svg").exists()
-    sqlite = Results(file, "sqlite").found()
-    assert "**no**" in table(sqlite, ["worker"], ["fedavg"]) and "it broke there" in table(
-        sqlite, ["worker"], ["fedavg"]
-    )
+    assert report(Results(file, "sqlite").found(), read([*options, "--database", "sqlite"])) == 1
+    page = (out / "chaos-sqlite.md").read_text()
+    assert "--database sqlite --case worker --out" in page and "with SQLite," in page
+    assert "**no**" in page and "it broke there" in page
 
 
 @pytest.mark.faults

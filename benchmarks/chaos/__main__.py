@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -43,7 +44,9 @@ def read(args: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--at-once", type=int, default=len(ALGORITHMS), metavar="N", help="algorithms side by side")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/chaos.jsonl", metavar="FILE")
     parser.add_argument("--continue", action="store_true", dest="goes_on", help="only what does not hold in --results")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write chaos.md or soak.md, and its plot, there")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="write chaos.md, chaos-sqlite.md or soak.md, and its plot, there"
+    )
     parser.add_argument("--minutes", type=float, help="kill at random for so long, in place of the cases")
     parser.add_argument("--seed", type=int, default=1, help="of what is killed when")
     parser.add_argument("--lane", action="store_true", help=argparse.SUPPRESS)
@@ -85,18 +88,28 @@ def report(found: Found, options: argparse.Namespace) -> int:
     names = [case.name for case in options.cases if any((case.name, a) in found for a in options.algorithm)]
     print(text := table(found, names, options.algorithm))
     if options.out:
-        write(options.out, "chaos", PAGE.format(text), lambda axes: draw(axes, found, names, options.algorithm))
+        name, server = PAGES[options.database]
+        page = PAGE.format(asked=_asked(options), server=server, table=text)
+        write(options.out, name, page, lambda axes: draw(axes, found, names, options.algorithm))
     return 0 if all(_holds(found, case, a) for case in options.cases for a in options.algorithm) else 1
 
 
+def _asked(options: argparse.Namespace) -> str:
+    """The command line, as far as it decides what the page has."""
+    database = [] if options.database == "postgres" else ["--database", options.database]
+    cases = [] if options.case == ["*"] else ["--case", *options.case]
+    return shlex.join(["python", "-m", "benchmarks.chaos", *database, *cases, "--out", "docs/tables"])
+
+
+PAGES = {"postgres": ("chaos", "PostgreSQL"), "sqlite": ("chaos-sqlite", "SQLite")}
 PAGE = """# The fault matrix
 
-`python -m benchmarks.chaos --out docs/tables`: two rounds over three sites, on a Prefect server with PostgreSQL, SeaweedFS as S3 and
+`{asked}`: two rounds over three sites, on a Prefect server with {server}, SeaweedFS as S3 and
 fedflow's workers, on one machine, the algorithms side by side. Seconds lost: more than an undisturbed run took there (a run of
 some 15 s on a machine whose load comes and goes: some seconds more or less say nothing). Same bytes: model and state are those of
 `simulate()` with the same contributors.
 
-{}"""
+{table}"""
 
 
 def _holds(found: Found, case: Case, algorithm: str) -> bool:

@@ -25,6 +25,8 @@ ROUNDS = 10  # of a run
 ABOUT = f"""runs of {ROUNDS} rounds over six sites, one after the other, FedAvg, SCAFFOLD and DiLoCo in turn. Every {PAUSE[0]:g} to {PAUSE[1]:g} seconds
 (more, in proportion, where an undisturbed run of two rounds takes more than {UNDISTURBED:g} seconds) something is killed and started again, drawn at random; a training that was interrupted is resumed. The last site's worker is never
 stopped, nor is the coordinator's in the second half: the memory of what is always new would tell nothing."""
+WARM = 1 / 60  # hours after which a worker that was started has imported all
+ENOUGH = 5 / 60  # hours over which a slope tells something
 GROWTH = 1.15  # of a role's memory, median of the last third to that of the first, that is still called flat
 
 
@@ -48,12 +50,13 @@ def at_random(ground: Ground, algorithms: Sequence[str], *, minutes: float, seed
         runs += 1
         told = "; ".join(verdict.why) or f"{len(trial.journal.committed())} rounds"
         print(f"{trial.name}: {told}, resumed {trial.resumes} times", file=sys.stderr, flush=True)
-    leaked = leaks(ground)
+    leaked = leaks(ground, runs + 2)  # those that `undisturbed` made
     problems += leaked + memory.growing()
     if rounds != ROUNDS * runs:
         problems.append(f"{ROUNDS * runs - rounds} rounds did not commit")
     told = (
-        f"{runs} runs, {rounds} rounds committed of {ROUNDS * runs}, {len(leaked)} processes and temporary files left; "
+        f"{runs} runs, {rounds} rounds committed of {ROUNDS * runs}, {len(leaked)} processes and temporary files left, "
+        f"and {len(locks(ground))} files of locks, at most one a site and run; "
     )
     told += f"a blow every {PAUSE[0] * slower:.0f} to {PAUSE[1] * slower:.0f} s"
     told += "" if problems else "; every run has the bytes of an undisturbed one"
@@ -155,6 +158,8 @@ class Memory:
         self._roles = {"sites": others, f"{self._spared.name}, never stopped": [self._spared]}
         self._roles["coordinator"] = [ground.coordinator]
         self.of: defaultdict[str, list[tuple[float, float]]] = defaultdict(list)  # role -> (hours, MiB)
+        self._warm: dict[str, float] = {}  # role of workers -> hours when its newest one had imported all
+        self._pids: dict[str, int | None] = {}
 
     def watched(self) -> _Thread:
         return _Thread(self._watch)
@@ -164,6 +169,8 @@ class Memory:
             at = (time.monotonic() - self._began) / 3600
             for role, workers in self._roles.items():
                 for worker in workers:
+                    if worker.pid != self._pids.get(worker.name):
+                        self._pids[worker.name], self._warm[f"worker: {role}"] = worker.pid, at + WARM
                     busy = worker.at_work()
                     resting = [p for p in worker.processes() if p not in busy]
                     whole = [sum(filter(None, map(resident, resting)))] if resting else []
@@ -176,10 +183,13 @@ class Memory:
         third = max(len(found) // 3, 1)
         return statistics.median(found[:third]), statistics.median(found[-third:])
 
-    def slope(self, role: str) -> float:
-        """MiB an hour, by least squares; 0 where there is too little to say."""
-        hours, mebibytes = zip(*self.of[role], strict=True)
-        return statistics.linear_regression(hours, mebibytes).slope if len(set(hours)) > 1 else 0.0
+    def slope(self, role: str) -> float | None:
+        """MiB an hour, by least squares, of workers since the last start of one; None where that is too short to say."""
+        found = [(at, mebibytes) for at, mebibytes in self.of[role] if at >= self._warm.get(role, 0.0)]
+        if not found or found[-1][0] - found[0][0] < ENOUGH:
+            return None
+        hours, mebibytes = zip(*found, strict=True)
+        return statistics.linear_regression(hours, mebibytes).slope
 
     def growing(self) -> list[str]:
         found = []
@@ -205,12 +215,20 @@ def resident(process: psutil.Process) -> float | None:
     return None
 
 
-def leaks(ground: Ground) -> list[str]:
-    """Processes and temporary files that are left when no run is."""
+def locks(ground: Ground) -> list[Path]:
+    """The files of locks besides the workers' own: those of trainers are left, one a site and run."""
+    return [p for p in ground.temporary.glob("fedflow-locks-*/*") if not p.name.startswith("worker-")]
+
+
+def leaks(ground: Ground, runs: int) -> list[str]:
+    """Processes and temporary files that are left when no run is, and more locks than one a site and run."""
     time.sleep(GONE)
     found = [f"process {p.pid} of {w.name} is left" for w in ground.deployed.workers for p in w.at_work()]
     files = [p for p in ground.temporary.rglob("*") if p.is_file() and "locks" not in p.parent.name]
-    return found + [f"a temporary file is left: {path}" for path in files[:20]]
+    found += [f"a temporary file is left: {path}" for path in files[:20]]
+    if (left := len(locks(ground))) > (most := len(ground.sites) * runs):
+        found.append(f"{left} files of locks are left, expected at most one a site and run: {most}")
+    return found
 
 
 def report(done: Counter[str], memory: Memory, told: str, problems: Sequence[str]) -> str:
@@ -219,8 +237,9 @@ def report(done: Counter[str], memory: Memory, told: str, problems: Sequence[str
     for role in sorted(role for role in memory.of if memory.of[role]):
         first, last = memory.thirds(role)
         most = max(mebibytes for _, mebibytes in memory.of[role])
-        rows.append([role, f"{first:.0f}", f"{last:.0f}", f"{most:.0f}", f"{memory.slope(role):+.0f}"])
-    head = ["memory of", "first third, MiB", "last third, MiB", "most, MiB", "slope, MiB an hour"]
+        slope = "–" if (found := memory.slope(role)) is None else f"{found:+.0f}"
+        rows.append([role, f"{first:.0f}", f"{last:.0f}", f"{most:.0f}", slope])
+    head = ["memory of", "first third, MiB", "last third, MiB", "most, MiB", "slope since the last start, MiB an hour"]
     blows = markdown(["killed", "times"], [[name, str(times)] for name, times in sorted(done.items())])
     wrong = "".join(f"- {problem}\n" for problem in problems)
     return "\n".join(filter(None, [f"{told}.\n", wrong, blows, markdown(head, rows)]))

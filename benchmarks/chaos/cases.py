@@ -96,6 +96,17 @@ def killed_after_commit(t: Trial) -> None:
     t.finish()
 
 
+def killed_between_results(t: Trial) -> None:
+    """site-1's update has come, site-2 still trains."""
+    fault = t.hold("training")
+    (phase,) = t.journal.recipe().phases
+    inbox = t.journal.inbox("site-1", 1, phase)
+    awaited(lambda: any(key.endswith(".json") for key in t.journal.store.list(inbox)), "site-1's update", MINUTES)
+    t.ground.coordinator.kill_at_work()
+    fault.release()
+    t.finish()
+
+
 def two_coordinators(t: Trial) -> None:
     fault = t.hold("training")
     env = t.ground.env
@@ -190,17 +201,26 @@ def needs_faketime(database: str) -> str | None:
     return None if FAKETIME is not None else "no libfaketime: apt-get install faketime"
 
 
-def clock_wrong(offset: str) -> Callable[[Trial], None]:
-    """site-2's; the run's deadline is nearer than the hour."""
+def clock_wrong(offset: str, says: str) -> Callable[[Trial], None]:
+    """site-2's; the run's deadline is nearer than the hour. The store refuses its word too: its worker says in its own log what is wrong.
+
+    says: part of why no round counts that site
+    """
 
     def act(t: Trial) -> None:
         worker = t.ground.sites["site-2"]
         worker.stop()
+        logged = worker.log.stat().st_size
         worker.start(LD_PRELOAD=str(FAKETIME), FAKETIME=offset, FAKETIME_DONT_FAKE_MONOTONIC="1")
         try:
             t.start(quorum=2, timeouts={"round_deadline": "10m", "quorum_grace": "60s"})
             t.finish(resumes=0)
-            t.note("; ".join(sorted({why for r in t.run.summary().rounds for why in r.excluded.values()}))[:300])
+            excluded = [r.excluded for r in t.run.summary().rounds]
+            t.note("; ".join(sorted({why for of_round in excluded for why in of_round.values()}))[:300])
+            for number, of_round in enumerate(excluded):
+                so = of_round.keys() == {"site-2"} and says in of_round["site-2"]
+                t.expect(so, f"round {number} excluded {of_round}, expected site-2 alone with {says!r}")
+            t.expect(b"clock: found" in worker.log.read_bytes()[logged:], "its worker's log does not name the clock")
         finally:
             worker.lose()
             worker.start()
@@ -350,6 +370,12 @@ def _cases() -> list[Case]:
         Case("machine-lost", "worker and trainer at once, back after 60 s", machine_lost, other),
         Case("coordinator-after-commit", "kill -9 of the coordinator after a manifest", killed_after_commit),
         Case(
+            "coordinator-between-results",
+            "kill -9 of the coordinator when one update has come and another has not",
+            killed_between_results,
+            other,
+        ),
+        Case(
             "coordinator-machine-lost",
             "its worker and all below, in training",
             coordinator_killed("training", Worker.lose),
@@ -359,8 +385,8 @@ def _cases() -> list[Case]:
         Case("postgres-restarted", "PostgreSQL restarted in training", postgres_restarted("training"), (), on_postgres),
         Case("store-slow", "the store stalls 5 s, again and again", store_slow),
         Case("store-full", "no room for an update: the run fails, and is resumed", store_full, builders.SITES),
-        Case("clock-ahead", "a site's clock an hour ahead", clock_wrong("+1h"), (), needs_faketime),
-        Case("clock-behind", "a site's clock an hour behind", clock_wrong("-1h"), (), needs_faketime),
+        Case("clock-ahead", "a site's clock an hour ahead", clock_wrong("+1h", "cannot create"), (), needs_faketime),
+        Case("clock-behind", "a site's clock an hour behind", clock_wrong("-1h", "no update by"), (), needs_faketime),
         Case("rejoin", "a site comes back after three rounds", rejoins),
         Case("state-lost", "a site lost what it remembers", state_lost),
         Case("zombie", "a live trainer taken for dead: two at once", zombie),

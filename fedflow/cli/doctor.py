@@ -267,9 +267,10 @@ def _workers(client: Any, federation: Federation | None) -> Iterator[Line]:
     yield _requests(len(federation.workplaces))
 
 
-def _requests(sites: int) -> Line:
-    """What asking for work costs the API: a question takes a Prefect server some ten milliseconds."""
-    from fedflow.prefect.pace import IDLE, WORKING
+def _requests(workers: int) -> Line:
+    """What asking for work costs the API, by `Pace`: a question takes a Prefect server some ten milliseconds."""
+    from fedflow.prefect.pace import CROWDED, IDLE, WORKING
 
-    found = f"{sites} sites ask for work {sites / WORKING:.1f} times a second right after a round, {sites / IDLE:.1f} times when idle"
+    rates = f"{workers / WORKING:.1f} times a second after a round, {workers / IDLE:.1f} when idle"
+    found = f"{workers} workers ask {rates}, {workers / CROWDED:.1f} of a slow API"
     return Line("ok", "requests", found)

@@ -147,7 +147,7 @@ class ForkServer:
                 [sys.executable, "-c", _PROGRAM.format("_serve"), str(theirs.fileno()), told],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
-                env={**os.environ, _BLAS: "1"},
+                env={_ARROW: "background_thread:false", **os.environ, _BLAS: "1"},
             )
         if self._control is not None:
             self._control.close()
@@ -213,6 +213,7 @@ Children = dict[
 _BLAS = (
     "OPENBLAS_NUM_THREADS"  # numpy's OpenBLAS starts its pool of threads when it is imported, unless it is told not to
 )
+_ARROW = "JE_ARROW_MALLOC_CONF"  # pyarrow's allocator starts a thread too; pandas imports it, and Prefect 3.8.3 and 3.8.4 that
 _PROGRAM = "from fedflow.engine.forks import {0}; {0}()"
 
 

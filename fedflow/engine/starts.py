@@ -19,7 +19,7 @@ from fedflow.store.objects import ObjectStore
 from fedflow.store.records import FederationRecord, SiteStart, utc_now
 from fedflow.types import SiteId
 
-__all__ = ["federations_of", "publish_federation", "read_start", "report_start"]
+__all__ = ["federations_of", "publish_federation", "read_start", "report_start", "with_start"]
 
 MOST = 1 << 20  # bytes of such a record
 LONGEST = 300  # characters of a site's word that are shown
@@ -71,6 +71,12 @@ def read_start(store: ObjectStore, site: SiteId) -> str:
             kept = "".join(letter if letter.isprintable() else "?" for letter in said)
             return f"{'started' if told.starts else 'refused'} {told.at:%Y-%m-%d %H:%M} UTC: {kept}"
     return ""
+
+
+def with_start(reason: str, store: ObjectStore, site: SiteId) -> str:
+    """`reason` why nothing is to be had from `site`, and what it said of its last start, if it did."""
+    said = read_start(store, site)
+    return f"{reason}; its last start: {said}" if said else reason
 
 
 def _start(site: SiteId) -> str:

@@ -19,7 +19,7 @@ from fedflow.engine.logs import passed_on
 from fedflow.engine.results import excluded_in, outlined, result_of
 from fedflow.engine.rounds import Step, next_step, open_round, survey
 from fedflow.engine.rounds import delegate as engine_delegate
-from fedflow.engine.starts import read_start
+from fedflow.engine.starts import with_start
 from fedflow.engine.summary import summarize_round
 from fedflow.errors import QuorumLost, SiteError, StoreUnwritable, UserError
 from fedflow.prefect.api import absent_sites, cancel, connected
@@ -128,8 +128,7 @@ def plan_and_open(
     before = journal.plan(step.round - 1, step.phase) if step.round else None
     with connected() as client:
         absent = absent_sites(client, federation, journal.sites(), journal.recipe().schedule.regional)
-        for site, said in {site: read_start(journal.store, site) for site in absent}.items():
-            absent[site] += f"; its last start: {said}" if said else ""
+        absent = {site: with_start(reason, journal.store, site) for site, reason in absent.items()}
         late = at_work(client, journal.record().nonce, step.round) if before and before.late == "carry" else {}
         asked_again = journal.attempts(before) if before and before.again else []
         bases = {a.site: step.round - 1 for a in asked_again if a.attempt == 0}

@@ -30,6 +30,7 @@ from fedflow.engine.rounds import (
     survey,
 )
 from fedflow.engine.shares import Share
+from fedflow.engine.starts import with_start
 from fedflow.errors import SiteError, StoreUnavailable
 from fedflow.prefect.api import ACTIVE, OUTAGE, cancel, find_runs, read_runs, run_tag, taker, training_tag
 from fedflow.prefect.pace import Pace
@@ -349,9 +350,10 @@ class Collector:
         return why
 
     def missing(self) -> Mapping[SiteId, str]:
-        """Why nothing came from a site."""
-        late = no_update(self.opening, at=utc_now())
-        return {site: watched.gone or late for site, watched in self.sites.items()}
+        """Why nothing came from a site; of one that did not say so, with what it said of its last start."""
+        late, store = no_update(self.opening, at=utc_now()), self.journal.store
+        waited_for = self.sites.keys() - self.found.answered()
+        return {s: self.sites[s].gone or with_start(late, store, s) for s in waited_for}
 
     def stop_stragglers(self) -> list[str]:
         """Cancel what is still running for this opening; names of the flow runs."""

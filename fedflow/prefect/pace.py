@@ -7,7 +7,7 @@ import random
 import time
 from dataclasses import dataclass
 
-__all__ = ["IDLE", "WORKING", "Pace"]
+__all__ = ["CROWDED", "IDLE", "WORKING", "Pace"]
 
 WORKING = 0.3
 """Seconds between two questions of a site's worker for work, right after it had some."""

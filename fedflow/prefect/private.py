@@ -1,6 +1,7 @@
 """What fedflow uses of Prefect beyond its public interface: here and nowhere else.
 
-`WRAPPED` says what each part looked like when this was written; a test compares it with the Prefect that is installed.
+`WRAPPED` says what each part looked like when this was written; a test compares it with the Prefect that is installed, and looks there
+for each private attribute that is used below.
 """
 
 from __future__ import annotations
@@ -61,6 +62,9 @@ WRAPPED = {
     "prefect.flow_engine:observe_flow_run_suspension": "(flow_run_id, suspension_request, polling_interval)",
     "prefect.engine:handle_engine_signals": "(flow_run_id)",
     "prefect.logging.handlers:set_api_log_sink": "(sink)",
+    "prefect.logging.handlers:APILogWorker.drain_all": "(timeout, at_exit)",
+    "prefect.events.worker:EventsWorker.drain_all": "(timeout, at_exit)",
+    "prefect.context:SyncClientContext.__init__": "(self, httpx_settings)",
     "prefect.client.orchestration:SyncPrefectClient.read_flow_run": "(self, flow_run_id)",
     "prefect.client.orchestration:SyncPrefectClient.update_flow_run": "(self, flow_run_id, flow_version, parameters, "
     "name, tags, empirical_policy, infrastructure_pid, job_variables)",

@@ -69,3 +69,6 @@ def test_server_before_and_after_a_deployment(project: Project, prefect_api: Pre
     assert [name.rpartition("/")[2] for name in deployed.out.split()] == ["federation", "federation", *SITES, *SITES]
     after = project.shell("doctor", "recipe.yaml", PREFECT_API_URL=prefect_api.url)
     assert "no worker on work pool 'site-1'" in lines(after)["worker of site-1"][1]
+    # of three, each 0.3 s after work, 5 s when idle, and 15 s at most
+    rates = "10.0 times a second after a round, 0.6 when idle, 0.2 of a slow API"
+    assert lines(after)["requests"] == ("ok", f"3 workers ask {rates}")

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 from datetime import timedelta
 from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 import yaml
 from prefect.client.orchestration import SyncPrefectClient
 
 from fedflow.cli import main
+from fedflow.engine import next_step, open_round, start_run
 from fedflow.engine.locks import held
 from fedflow.engine.starts import publish_federation, read_start, report_start
+from fedflow.errors import QuorumLost
 from fedflow.prefect.deploy import deploy_federation
+from fedflow.prefect.dispatch import Collector, Origin, Watched
 from fedflow.prefect.starting import clock_problem, examine, worker_lock
 from fedflow.recipe import Federation, FederationSite, SiteConfig
 from fedflow.store.objects import ObjectStore
 from fedflow.store.records import FederationRecord, utc_now
 from fedflow.store.signing import PrivateKey
+from tests.builders import recipe
 from tests.cli.project import command, environment
 from tests.servers import PrefectServer
 
@@ -137,6 +143,28 @@ def test_what_keeps_a_worker_from_starting_is_said_there_and_to_the_coordinator(
     assert said in capsys.readouterr().err
     told = read_start(ObjectStore(str(tmp_path / "store")), "site-1")
     assert told.startswith("refused ") and said[:60] in told
+
+
+def test_a_site_of_which_nothing_came_is_excluded_with_what_it_said_of_its_start(
+    prefect_api: PrefectServer, tmp_path: Path
+) -> None:
+    """Its worker is there, and yet its flow run is never over; one that found nothing wrong said nothing."""
+    store = ObjectStore(str(tmp_path / "store"))
+    report_start(config(tmp_path), ["clock: found this machine's 3600 s behind"], starts=True)
+    report_start(config(tmp_path, name="site-2"), [], starts=True)
+    journal = start_run(store, "silent", recipe(timeouts={"round_deadline": 1}), ["site-1", "site-2"])
+    step = next_step(journal, journal.recipe())
+    assert step is not None
+    plan, opening = open_round(journal, step)
+    sites, log = {site: Watched(1, None) for site in plan.tasks}, logging.getLogger(__name__)
+    with SyncPrefectClient(api=prefect_api.url) as client:
+        collector = Collector(journal, plan, opening, journal.recipe(), client, log, sites, Origin(uuid4(), None))
+        with pytest.raises(QuorumLost):
+            collector.run()
+    closing = journal.closing(plan, opening.number)
+    assert closing is not None and closing.excluded["site-2"] == "no update by the deadline"
+    why = closing.excluded["site-1"]
+    assert why.startswith("no update by the deadline; its last start: started ") and "3600 s behind" in why
 
 
 def test_what_a_site_says_is_shown_within_bounds(tmp_path: Path) -> None:

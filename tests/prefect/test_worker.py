@@ -50,12 +50,13 @@ HERE = "tests.prefect.test_worker"
 
 @flow(name="fedflow-site", persist_result=False)
 def local_training(file: str, mebibytes: int = 0, hangs: bool = False, alone: str | None = None) -> None:
-    """A site's own flow: writes who runs it, holds memory, hangs; fails where another one is at work in the folder `alone`."""
+    """A site's own flow: writes who runs it, and in what environment; holds memory, hangs; fails where another one is at work in
+    the folder `alone`."""
     if alone:
         Path(alone).mkdir()
         threading.Event().wait(2)
         Path(alone).rmdir()
-    Path(file).write_text(f"{os.getpid()} {os.getppid()} {os.environ.get(DEVICES)}")
+    Path(file).write_text(f"{os.getpid()} {os.getppid()} {os.environ.get(DEVICES)}\n{json.dumps(dict(os.environ))}")
     held = os.urandom(1 << 20) * mebibytes
     if hangs or held:
         threading.Event().wait()
@@ -102,7 +103,10 @@ def deploy(client: SyncPrefectClient, pool: str, flow: Flow[Any, Any], **hostile
     deployment = client.create_deployment(
         client.create_flow(flow), f"{flow.name}-on-{pool}", work_pool_name=pool, parameters={}, **hostile
     )
-    return lambda **parameters: client.create_flow_run_from_deployment(deployment, parameters=parameters)
+    variables = hostile.get("job_variables")  # the deployment's, and each flow run's own
+    return lambda **parameters: client.create_flow_run_from_deployment(
+        deployment, parameters=parameters, job_variables=variables
+    )
 
 
 def ended(client: SyncPrefectClient, run: FlowRun) -> FlowRun:
@@ -121,12 +125,13 @@ def test_a_site_runs_its_own_flow_and_nothing_else(
     hostile = {
         "entrypoint": f"{HERE}:foreign",
         "pull_steps": [{"prefect.deployments.steps.run_shell_script": {"script": f"touch {stolen}"}}],
-        "job_variables": {"command": f"touch {stolen}", "env": {"PATH": "/nowhere"}},
+        "job_variables": {"command": f"touch {stolen}", "env": {"PATH": "/nowhere", "FEDFLOW_HOSTILE": "1"}},
     }
     with site("hospital", prefect_api, tmp_path) as worker:
         run = ended(client, deploy(client, "hospital", local_training, **hostile)(file=str(mine)))
         assert run.state_type == StateType.COMPLETED, worker.log.read_text()
-        assert mine.exists()
+        environment = json.loads(mine.read_text().partition("\n")[2])
+        assert environment["PATH"] == os.environ["PATH"] and "FEDFLOW_HOSTILE" not in environment
         run = ended(client, deploy(client, "hospital", foreign)(file=str(other)))
         assert run.state_type == StateType.CRASHED and run.state is not None
         assert (
@@ -181,6 +186,53 @@ def test_a_site_does_nothing_with_parameters_that_fedflow_would_not_send(
     own = {"guarded-1.yaml", "guarded-1.log", "site.log", "store/sites/guarded-1/_start.json"}
     assert every_file(tmp_path) - before <= own
     assert not [line for line in log.read_text().splitlines() if line.startswith("forged")]
+
+
+OUTSIDE = """
+from pathlib import Path
+from typing import Literal
+
+from tests import builders
+
+Path(__file__).with_name("imported").touch()
+
+
+class Net(builders.Tiny): ...
+
+
+class Work(builders.Blobs): ...
+
+
+class Rule(builders.Leaning):
+    kind: Literal["rule"] = "rule"
+"""
+
+
+def test_a_site_imports_nothing_that_its_owner_does_not_allow(
+    client: SyncPrefectClient, prefect_api: PrefectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A module that lies on its import path, which the coordinator's recipe names: the run fails and says so; the next one is trained."""
+    at_coordinator, at_site = tmp_path / "coordinator", tmp_path / "site"
+    for folder in (at_coordinator, at_site):
+        folder.mkdir()
+        (folder / "outside.py").write_text(OUTSIDE)
+    monkeypatch.syspath_prepend(str(at_coordinator))
+    store = ObjectStore(str(at_site / "store"))
+    named = {"model": "outside:Net", "workload": "outside:Work", "algorithm": "outside:Rule"}
+    runs = {f"names-a-{field}": {field: path} for field, path in named.items()} | {"allowed": {}}
+    for run, fields in runs.items():
+        journal = start_run(store, run, recipe(**fields), ["careful-1"])
+        step = next_step(journal, journal.recipe())
+        assert step is not None
+        open_round(journal, step)
+    with site("careful-1", prefect_api, at_site, flow=None, allowed_imports=["tests.*"]) as worker:
+        start = deploy(client, "careful-1", training)
+        seen = {run: ended(client, start(**{**AT_A_SITE, "run": run, "site": "careful-1"})) for run in runs}
+    assert seen.pop("allowed").state_type == StateType.COMPLETED, worker.log.read_text()
+    for run, failed in seen.items():
+        assert failed.state_type == StateType.FAILED and failed.state is not None, (run, worker.log.read_text())
+        assert "expected a module among ['tests.*']" in str(failed.state.message), run
+    assert (at_coordinator / "imported").exists() and not (at_site / "imported").exists()
 
 
 def every_file(folder: Path) -> set[str]:

@@ -39,3 +39,10 @@ def start_another(argument: Any, line: Line) -> None:
     """Start a process, say which, and never come back."""
     line.send({"started": subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"]).pid})
     threading.Event().wait()
+
+
+def found(modules: list[str], line: Line) -> None:
+    """Say which of `modules` were there when this child began, and whether CUDA was touched; then wait to be looked at."""
+    torch = sys.modules["torch"]
+    line.send({"there": [m for m in modules if m in sys.modules], "cuda": torch.cuda.is_initialized()})
+    threading.Event().wait()

@@ -216,7 +216,7 @@ def resident(process: psutil.Process) -> float | None:
 
 
 def locks(ground: Ground) -> list[Path]:
-    """The files of locks besides the workers' own: those of trainers are left, one a site and run."""
+    """The files of locks besides the workers' own: those of trainers that were killed are left, at most one a site and run."""
     return [p for p in ground.temporary.glob("fedflow-locks-*/*") if not p.name.startswith("worker-")]
 
 

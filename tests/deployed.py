@@ -76,6 +76,10 @@ class Worker:
         """The processes of its flow runs: they are in groups of their own; a worker's tools are in its group."""
         return [p for p in self.processes() if _group(p) not in (None, *self._groups)]
 
+    def resting(self) -> list[psutil.Process]:
+        """Its newest start and its tools, without what works on a flow run."""
+        return [p for p in self.processes() if _group(p) == self.pid]
+
     def kill_at_work(self) -> None:
         """SIGKILL to all that works on a flow run."""
         _kill(self.at_work())

@@ -171,8 +171,7 @@ class Memory:
                 for worker in workers:
                     if worker.pid != self._pids.get(worker.name):
                         self._pids[worker.name], self._warm[f"worker: {role}"] = worker.pid, at + WARM
-                    busy = worker.at_work()
-                    resting = [p for p in worker.processes() if p not in busy]
+                    busy, resting = worker.at_work(), worker.resting()
                     whole = [sum(filter(None, map(resident, resting)))] if resting else []
                     self.of[f"worker: {role}"] += [(at, mebibytes) for mebibytes in whole]
                     self.of[f"flow runs: {role}"] += [(at, m) for m in map(resident, busy) if m]

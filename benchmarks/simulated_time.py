@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -18,6 +17,7 @@ from typing import Any
 
 from benchmarks.tables.common import markdown, spread, tell, write
 from fedflow.errors import RoundError
+from fedflow.memory import processors
 from fedflow.recipe import Recipe
 from fedflow.simulation.clock import EPOCH
 from fedflow.simulation.engine import simulate
@@ -188,7 +188,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--target", type=float, default=0.88, help="accuracy to reach")
     parser.add_argument("--alpha", type=float, default=1.2, help="of the Pareto distribution of seconds per step")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--workers", type=int, default=processors())
     parser.add_argument("--out", type=Path, default=ROOT / "docs/tables", help="folder of the table and its plot")
     parser.add_argument("--asynchronous", action="store_true", help="FedBuff beside synchronous rounds; seeds 0 to 4")
     parser.add_argument("--week", action="store_true", help="how long a week of a thousand sites takes to simulate")

@@ -74,8 +74,10 @@ def client(prefect_api: PrefectServer) -> Iterator[SyncPrefectClient]:
 
 
 @contextmanager
-def site(name: str, prefect_api: PrefectServer, home: Path, **fields: Any) -> Iterator[Worker]:
-    """A site's worker, started by the documented command."""
+def site(
+    name: str, prefect_api: PrefectServer, home: Path, retries: int | None = None, **fields: Any
+) -> Iterator[Worker]:
+    """A site's worker, started by the documented command. retries: of Prefect's client; default: the tests' own"""
     config = home / f"{name}.yaml"
     given = {
         "name": name,
@@ -88,6 +90,8 @@ def site(name: str, prefect_api: PrefectServer, home: Path, **fields: Any) -> It
     command = [sys.executable, "-m", "fedflow.cli", "site", "start", "--config", str(config)]
     environment = {**os.environ, **prefect_api.env, "PREFECT_WORKER_QUERY_SECONDS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(home)])
+    if retries is not None:
+        environment["PREFECT_CLIENT_MAX_RETRIES"] = str(retries)
     worker = Worker(name, command, environment, home / f"{name}.log")
     worker.start()
     try:
@@ -400,12 +404,11 @@ def test_a_trainer_that_outlived_its_worker_is_held_to_the_memory_that_its_owner
 
 
 def test_what_ended_while_the_api_was_away_is_said_once_it_is_back(
-    client: SyncPrefectClient, prefect_api: PrefectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    client: SyncPrefectClient, prefect_api: PrefectServer, tmp_path: Path
 ) -> None:
     """However long it was away: else the server takes the flow run to be running for good."""
-    monkeypatch.setenv("PREFECT_CLIENT_MAX_RETRIES", "0")  # as if all of Prefect's own had been in vain
     file = tmp_path / "who"
-    with site("unheard", prefect_api, tmp_path) as worker:
+    with site("unheard", prefect_api, tmp_path, retries=0) as worker:
         run = deploy(client, "unheard", local_training)(file=str(file), hangs=True)
         trainer, _ = begun(file)
         prefect_api.kill()

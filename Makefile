@@ -10,7 +10,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test test-faults chaos test-browser test-proxy test-azure test-ray format lock clean
+.PHONY: help setup demo test test-faults chaos test-browser test-proxy test-azure test-gpu test-ray format lock clean
 
 help: ## list these targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 22
@@ -33,7 +33,7 @@ test: setup ## style, types, then every test that needs no browser and no nginx
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not browser and not proxy and not faults and not azure and not ray"
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not browser and not proxy and not faults and not azure and not ray and not gpu"
 
 test-faults: setup ## kills, outages and real seconds, on a real Prefect server
 	$(BIN)/pytest -m faults
@@ -43,6 +43,9 @@ chaos: setup ## the fault matrix on real servers, an hour; ARGS='--case "cancel-
 
 test-ray: setup ## simulations on Ray
 	$(BIN)/pytest -m ray
+
+test-gpu: ## simulations on a CUDA device, with the torch that finds it: BIN=... of an environment with one
+	$(BIN)/pytest -m gpu
 
 test-azure: setup ## the store over Azure's emulator; needs npm
 	$(BIN)/pytest -m azure

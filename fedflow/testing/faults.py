@@ -31,7 +31,7 @@ VARIABLE = "FEDFLOW_FAULT"
 """The fault as JSON, for processes that somebody else starts; or "@" and the path of a file that may hold it one day."""
 
 When = Literal["before", "after"]
-Effect = Literal["kill", "hang", "slow", "hold"]
+Effect = Literal["kill", "hang", "stop", "slow", "hold"]
 Step = Literal[
     "run",  # the run's record
     "initial objects",  # the state before round 0
@@ -59,7 +59,7 @@ class Fault:
 
     at:      pattern of the URL of a write, or of "training/<site>/<round>/<step>" for an optimizer step
     when:    before or after that write is visible; optimizer steps have no before
-    effect:  kill: SIGKILL to this process; hang: wait for ever; slow: wait `seconds`; hold: wait until `release`
+    effect:  kill: SIGKILL to this process; hang: wait for ever; stop: SIGSTOP, so that nothing in it waits for anything either; slow: wait `seconds`; hold: wait until `release`
     nth:     at which match in this process, from 1
     given:   pattern of a key that must be in the store for a write to match
     token:   a file that is created when the fault strikes; while it is there no process is struck again
@@ -170,6 +170,8 @@ def strike(fault: Fault) -> None:
     """Do to this process what the fault says."""
     if fault.effect == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    elif fault.effect == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
     elif fault.effect == "hang":
         threading.Event().wait()
     elif fault.effect == "hold":

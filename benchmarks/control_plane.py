@@ -2,6 +2,7 @@
 
     python -m benchmarks.control_plane [--sites 100] [--rounds 3] [--workers 2] [--at-once 4] [--databases sqlite postgres] [--out docs/tables]
     python -m benchmarks.control_plane --sites 144 --silent 2 --quorum 138 --rounds 1 --databases postgres
+    python -m benchmarks.control_plane --sites 8 --databases sqlite   # of more, SQLite's writers wait for each other for minutes
 
 A PocEnv whose sites' workers, one a site as deployed, share a few processes, and so the parent of which trainings are forked.
 A site takes one step on a model of five numbers; `--silent` ones never answer. For each database are printed
@@ -320,7 +321,7 @@ def main() -> None:
     parser.add_argument("--silent", type=int, default=0, help="sites that never answer")
     parser.add_argument("--quorum", type=int, help="default: all sites")
     parser.add_argument("--databases", nargs="+", default=["sqlite", "postgres"])
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write control-plane.md and its plot there")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write a table and its plot there: control-plane.md")
     parser.add_argument("--serve", nargs="+", metavar="SITE", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
@@ -335,12 +336,10 @@ def main() -> None:
         print(json.dumps(measured[-1]), flush=True)
     print(text := table(measured, options))
     if options.out:
-        write(
-            options.out,
-            "control-plane-silent" if options.silent else "control-plane",
-            text,
-            lambda axes: draw(axes, measured),
+        name = "-".join(
+            ["control-plane"] + ["silent"] * bool(options.silent) + ["sqlite"] * (options.databases == ["sqlite"])
         )
+        write(options.out, name, text, lambda axes: draw(axes, measured))
 
 
 if __name__ == "__main__":
